@@ -1,0 +1,1 @@
+"""The foundation: trees, costs, timelines, measurements, graphs, compression, meshes, reports."""

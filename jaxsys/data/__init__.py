@@ -1,0 +1,1 @@
+"""Token streams that resume exactly and split over processes."""

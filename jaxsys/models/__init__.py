@@ -1,0 +1,1 @@
+"""Models shipped for people who bring none of their own."""
