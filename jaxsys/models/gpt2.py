@@ -10,16 +10,15 @@ Reference: Radford et al., "Language Models are Unsupervised Multitask Learners"
 """
 
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Integer, Key, UInt32
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.tree import path_key, unflatten
 
 Params = dict[str, Any]
 
@@ -162,14 +161,12 @@ def init(key: Key[Array, ""] | UInt32[Array, "2"], config: GPT2Config) -> Params
     >>> params["h"]["0"]["attn"]["c_attn"]["weight"].shape
     (32, 96)
     """
-    params: Params = {}
-    for name, shape in parameter_shapes(config).items():
-        *parents, leaf = name.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _init_leaf(key, config, name, shape)
-    return params
+    return unflatten(
+        {
+            name: _init_leaf(path_key(key, name), config, name, shape)
+            for name, shape in parameter_shapes(config).items()
+        }
+    )
 
 
 def _init_leaf(key, config: GPT2Config, name: str, shape: tuple[int, ...]) -> Array:
@@ -180,8 +177,7 @@ def _init_leaf(key, config: GPT2Config, name: str, shape: tuple[int, ...]) -> Ar
     std = config.initializer_range
     if name.endswith("c_proj.weight"):
         std /= math.sqrt(2 * config.n_layer)
-    leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-    return std * jax.random.normal(leaf_key, shape, jnp.float32)
+    return std * jax.random.normal(key, shape, jnp.float32)
 
 
 def apply(
@@ -217,7 +213,9 @@ def apply(
         x = block(params["h"][str(i)], config, x)
     x = _layer_norm(params["ln_f"], config, x)
     head = params["wte" if config.tie_word_embeddings else "lm_head"]["weight"]
-    return jnp.einsum("BTD,VD->BTV", x, head)
+    # One axis of rows, as in `_conv1d`; the head is [V, D], so both contract on their last axis.
+    logits = jnp.einsum("ND,VD->NV", x.reshape(-1, config.n_embd), head)
+    return logits.reshape(*tokens.shape, config.vocab_size)
 
 
 def block(params: Params, config: GPT2Config, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -274,8 +272,10 @@ def _attention(params: Params, config: GPT2Config, x: Array) -> Array:
 
 
 def _conv1d(params: Params, x: Array) -> Array:
-    # GPT-2 stores its projections [in, out], so the plain product already contracts x's last axis.
-    return x @ params["weight"] + params["bias"][None, None]
+    # Two axes only: XLA:CPU takes the gradient of the weight, a contraction over B and T, about
+    # twice as fast when those two are one axis.
+    rows = x.reshape(-1, x.shape[-1]) @ params["weight"] + params["bias"][None]
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def _layer_norm(params: Params, config: GPT2Config, x: Array) -> Array:
