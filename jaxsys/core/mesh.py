@@ -75,6 +75,7 @@ def over_replicas(
     axis_name: str = REPLICA,
     check_vma: bool = True,
     donate: bool = False,
+    keep_collectives: bool = False,
 ) -> Callable[..., Any]:
     """Lift a per-replica function with collectives over ``axis_name`` to stacked replicas.
 
@@ -87,6 +88,8 @@ def over_replicas(
       check_vma: JAX's check of what varies over the mesh; switch it off only for models whose loops
         start from replicated values.
       donate: let the compiled function reuse the memory of its first argument.
+      keep_collectives: for ``shard_map``: keep XLA from merging all-reduces into one, which would
+        wait for the last of them, and let it schedule them behind compute where it can.
 
     Returns:
       A compiled function whose arguments and results have a leading axis R.
@@ -113,7 +116,20 @@ def over_replicas(
     mapped = jax.shard_map(
         one_block, mesh=mesh, in_specs=P(axis_name), out_specs=P(axis_name), check_vma=check_vma
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    backend = mesh.devices.flat[0].platform
+    options = _SEPARATE.get(backend) if keep_collectives else None
+    return jax.jit(mapped, donate_argnums=donated, compiler_options=options)
+
+
+# How to keep per-layer collectives apart. On CPU the combiner is a pass to switch off; on GPU it has
+# a threshold, and the latency-hiding scheduler moves what is left behind compute.
+_SEPARATE: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_disable_hlo_passes": "cpu-all-reduce-combiner"},
+    "gpu": {
+        "xla_gpu_all_reduce_combine_threshold_bytes": 1,
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
+}
 
 
 def stack_local(tree: Any, mesh: Mesh, axis_name: str = REPLICA) -> Any:

@@ -1,0 +1,449 @@
+"""Partial local SGD as a pure step over one replica, with collectives over a named axis.
+
+The same function runs under `jax.vmap`, `jax.pmap` and `jax.shard_map`
+(`jaxsys.core.mesh.over_replicas`). Axis letters: `R` replicas, `L` layers in backward order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsys.core import tree
+from jaxsys.core.mesh import REPLICA
+from jaxsys.core.tree import Layer
+from jaxsys.localsgd.codec import mean_over
+from jaxsys.localsgd.strategy import Strategy
+
+LossFn = Callable[[Any, Any], jax.Array]
+
+
+class State(NamedTuple):
+    """Everything that one replica carries from step to step; Orbax saves all of it.
+
+    Attributes:
+      params: the parameters.
+      opt_state: state of the inner optimiser, local to the replica.
+      anchors: per layer the value last agreed on, flat; empty unless changes are sent.
+      residuals: per layer what the codec lost, flat; empty without error feedback.
+      outer: per layer the state of the outer optimiser; empty without one.
+      in_flight: per layer the mean that was sent but not yet used, flat; empty without delay.
+      step: number of steps taken, int32.
+      key: data (uint32) of the codec's random key, equal on all replicas.
+    """
+
+    params: Any
+    opt_state: Any
+    anchors: tuple[jax.Array, ...]
+    residuals: tuple[jax.Array, ...]
+    outer: tuple[Any, ...]
+    in_flight: tuple[jax.Array, ...]
+    step: jax.Array
+    key: jax.Array
+
+
+class Info(NamedTuple):
+    """Diagnostics of one step; they never feed back.
+
+    Attributes:
+      loss: the replica's own loss before the step, scalar.
+      update_norm: 2-norm of the inner update of each layer, [L]; not finite where it went wrong.
+    """
+
+    loss: jax.Array
+    update_norm: jax.Array
+
+
+class Due(NamedTuple):
+    """What one step has to do; hashable, so that equal steps share one compiled program.
+
+    Attributes:
+      send: layers whose exchange starts in this step, in backward order.
+      apply: layers whose agreed value is used at the end of this step.
+      moments: globs of the optimiser moments that are averaged in this step.
+    """
+
+    send: tuple[int, ...]
+    apply: tuple[int, ...]
+    moments: tuple[str, ...] = ()
+
+
+class Algorithm(NamedTuple):
+    """A pair of functions: ``init(params, key) -> State``, ``step(state, batch, due) -> (State, Info)``."""
+
+    init: Callable[[Any, jax.Array], State]
+    step: Callable[[State, Any, Due], tuple[State, Info]]
+
+
+def due(phases: Sequence[tuple[int, ...]], strategy: Strategy, step: int) -> Due:
+    """Look up what step number ``step`` (from 0) has to do.
+
+    >>> due(((0,), (1, 2)), Strategy(period=2), 3)
+    Due(send=(1, 2), apply=(1, 2), moments=())
+    """
+    arrived = step - strategy.delay
+    return Due(
+        send=tuple(phases[step % len(phases)]),
+        apply=tuple(phases[arrived % len(phases)]) if arrived >= 0 else (),
+        moments=tuple(g for g, every in strategy.moment_periods if (step + 1) % every == 0),
+    )
+
+
+def messages(strategy: Strategy, send: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Group the layers of a step into messages: one each, or one in all when sent afterwards.
+
+    >>> messages(Strategy(), (0, 1)), messages(Strategy(schedule="full", launch="after"), (0, 1))
+    (((0,), (1,)), ((0, 1),))
+    """
+    if strategy.launch == "after":
+        return (tuple(send),) if send else ()
+    return tuple((i,) for i in send)
+
+
+def join(leaves: Sequence[Any], layers: Sequence[Layer]) -> jax.Array:
+    """Lay the leaves of some layers end to end as one vector, which is one message.
+
+    >>> join([jnp.ones((2, 2)), jnp.zeros(3)], [Layer("all", (1, 0))]).shape
+    (7,)
+    """
+    return jnp.concatenate([jnp.ravel(leaves[i]) for layer in layers for i in layer.leaves])
+
+
+def split(vector: jax.Array, leaves: Sequence[Any], layers: Sequence[Layer]) -> dict[int, Any]:
+    """Cut a message back into leaves, the inverse of `join`.
+
+    >>> sorted(split(jnp.ones(7), [jnp.ones((2, 2)), jnp.zeros(3)], [Layer("all", (1, 0))]))
+    [0, 1]
+    """
+    out, offset = {}, 0
+    for layer in layers:
+        for i in layer.leaves:
+            out[i] = vector[offset : offset + leaves[i].size].reshape(leaves[i].shape)
+            out[i] = out[i].astype(leaves[i].dtype)
+            offset += leaves[i].size
+    return out
+
+
+def exchange(
+    message: jax.Array,
+    anchor: jax.Array | None,
+    residual: jax.Array | None,
+    key: jax.Array,
+    *,
+    codec: str,
+    axis_name: str,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Average one message over the replicas.
+
+    With an anchor a, the change a - x is what travels: mean(x) = a - mean(Q(a - x + e)), where Q is
+    the codec and e what it lost last time.
+
+    Args:
+      message: the replica's vector x, [n].
+      anchor: the vector last agreed on, or None to send x itself.
+      residual: e, or None without error feedback.
+      key: random key, equal on all replicas.
+      codec: form on the wire, see `jaxsys.localsgd.codec`.
+      axis_name: the replica axis.
+
+    Returns:
+      The mean, equal on all replicas, and the new e.
+
+    >>> f = lambda x: exchange(x, None, None, jax.random.key(0), codec="f32", axis_name="r")[0]
+    >>> jax.vmap(f, axis_name="r")(jnp.array([[1.0], [3.0]])).tolist()
+    [[2.0], [2.0]]
+    """
+    value = message if anchor is None else anchor - message
+    if residual is not None:
+        value = value + residual
+    mean, sent = mean_over(axis_name, value, codec, key)
+    lost = None if residual is None else value - sent
+    return (mean if anchor is None else anchor - mean), lost
+
+
+def agree(
+    mean: jax.Array, anchor: jax.Array | None, outer_state: Any, strategy: Strategy
+) -> tuple[jax.Array, Any]:
+    """Turn an averaged layer into the agreed one: by itself, or through the outer optimiser.
+
+    DiLoCo (2311.08105): a' = a + OuterOpt(a - mean(x)).
+
+    >>> agree(jnp.ones(2), None, (), Strategy())[0].tolist()
+    [1.0, 1.0]
+    """
+    outer = strategy.outer_optimizer()
+    if outer is None or anchor is None:
+        return mean, outer_state
+    updates, outer_state = outer.update(anchor - mean, outer_state, anchor)
+    return anchor + updates, outer_state
+
+
+def blend(agreed: Any, params: Any, updates: Any, strategy: Strategy) -> Any:
+    """Put an agreed leaf in place by the update rule.
+
+    ``pre``: w' = (1 - m) agreed + m w - U;  ``post``: w' = (1 - m) agreed + m (w - U), with m the
+    mixing share. ``updates`` already carries its sign, as in optax.
+
+    >>> float(blend(1.0, 3.0, -0.5, Strategy()))
+    0.5
+    """
+    own = params if strategy.rule == "pre" else params + updates
+    value = agreed if strategy.mixing == 0.0 else _mix(agreed, own, strategy.mixing)
+    return value + updates if strategy.rule == "pre" else value
+
+
+def _mix(agreed: Any, own: Any, share: float) -> Any:
+    return (1.0 - share) * agreed + share * own
+
+
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    layers: Sequence[Layer],
+    strategy: Strategy,
+    key: jax.Array,
+) -> State:
+    """Make the state of one replica before its first step.
+
+    >>> s = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), [Layer("w", (0,))], Strategy(),
+    ...                jax.random.key(0))
+    >>> int(s.step), s.anchors
+    (0, ())
+    """
+    leaves = jax.tree.leaves(params)
+    vectors = tuple(join(leaves, [layer]) for layer in layers)
+    outer = strategy.outer_optimizer()
+    return State(
+        params=params,
+        opt_state=optimizer.init(params),
+        anchors=vectors if strategy.anchored else (),
+        residuals=tuple(jnp.zeros_like(v) for v in vectors) if strategy.error_feedback else (),
+        outer=() if outer is None else tuple(outer.init(v) for v in vectors),
+        in_flight=tuple(jnp.zeros_like(v) for v in vectors) if strategy.delay else (),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(key),
+    )
+
+
+def update_norms(updates: Any, layers: Sequence[Layer]) -> jax.Array:
+    """Compute the 2-norm of each layer of an update, [L].
+
+    >>> update_norms({"w": jnp.array([3.0, 4.0])}, [Layer("w", (0,))]).tolist()
+    [5.0]
+    """
+    leaves = jax.tree.leaves(updates)
+    squares = [jnp.sum(jnp.square(u.astype(jnp.float32))) for u in leaves]
+    return jnp.sqrt(jnp.stack([sum(squares[i] for i in layer.leaves) for layer in layers]))
+
+
+def divergence(params: Any, layers: Sequence[Layer], axis_name: str = REPLICA) -> jax.Array:
+    """Measure how far the replicas have drifted apart, per layer.
+
+    Γ_l = sqrt(mean_k ||x̄_l - x_l^k||² / n_l). The released code takes rank 0's term only; the mean
+    over replicas has the same expectation and less noise.
+
+    Returns:
+      Γ, [L], equal on all replicas.
+
+    Reference: DreamDDP, arXiv 2502.11058 (the divergence Γ_r).
+
+    >>> f = lambda w: divergence({"w": w}, [Layer("w", (0,))])
+    >>> jax.vmap(f, axis_name="replica")(jnp.array([[1.0], [3.0]]))[0].tolist()
+    [1.0]
+    """
+    leaves = jax.tree.leaves(params)
+
+    def one(layer: Layer) -> jax.Array:
+        x = join(leaves, [layer]).astype(jnp.float32)
+        return jnp.mean(jnp.square(jax.lax.pmean(x, axis_name) - x))
+
+    return jnp.sqrt(jax.lax.pmean(jnp.stack([one(layer) for layer in layers]), axis_name))
+
+
+def average_moments(opt_state: Any, globs: Sequence[str], axis_name: str) -> Any:
+    """Average the optimiser moments whose paths match (DES-LOC, arXiv 2505.22549).
+
+    >>> f = lambda m: average_moments({"mu": m, "nu": m}, ("mu",), "r")
+    >>> jax.vmap(f, axis_name="r")(jnp.array([1.0, 3.0]))["mu"].tolist()
+    [2.0, 2.0]
+    """
+    leaves, treedef = jax.tree.flatten(opt_state)
+    names = tree.paths(opt_state)
+    for glob in globs:
+        for i in tree.match(names, glob):
+            leaves[i] = jax.lax.pmean(leaves[i], axis_name).astype(leaves[i].dtype)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def partial_local_sgd(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    layers: Sequence[Layer],
+    strategy: Strategy,
+    *,
+    axis_name: str = REPLICA,
+) -> Algorithm:
+    """Build partial local SGD for any loss, any optax optimiser and any strategy.
+
+    In step r every replica k takes its own optimiser step; of the layers l that are due,
+
+        w_{r+1}^{k,l} = mean_j(w_r^{j,l}) - U_k(g_r^{k,l})        (rule ``pre``, released code)
+        w_{r+1}^{k,l} = mean_j(w_r^{j,l} - U_j(g_r^{j,l}))        (rule ``post``, textbook)
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> scalar``.
+      optimizer: any optax transformation; its state stays local.
+      layers: groups of leaves in backward order (`find_layers`).
+      strategy: what is averaged, when and how.
+      axis_name: the axis over which replicas are mapped.
+
+    Returns:
+      An `Algorithm`; ``due`` is a static argument of its step.
+
+    Reference: DreamDDP, arXiv 2502.11058, partial local SGD.
+
+    >>> from jaxsys.core.mesh import over_replicas
+    >>> alg = partial_local_sgd(lambda p, x: jnp.sum((p["w"] - x) ** 2), optax.sgd(0.5),
+    ...                         [Layer("w", (0,))], Strategy(period=1, rule="post", launch="after"))
+    >>> s = alg.init({"w": jnp.zeros(1)}, jax.random.key(0))
+    >>> s = jax.tree.map(lambda x: jnp.stack([x, x]), s)
+    >>> step = over_replicas(lambda s, x: alg.step(s, x, Due((0,), (0,))), "vmap")
+    >>> step(s, jnp.array([[1.0], [3.0]]))[0].params["w"].tolist()
+    [[2.0], [2.0]]
+    """
+
+    def init(params: Any, key: jax.Array) -> State:
+        return init_state(params, optimizer, layers, strategy, key)
+
+    def send(
+        state: State, leaves: list[Any], grads: list[Any], groups: Sequence[tuple[int, ...]]
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
+        """Exchange the messages of this step; returns the mean and residual of each layer."""
+        means, residuals = {}, {}
+        for group in groups:
+            members = [layers[i] for i in group]
+            vector = join(leaves, members)
+            if strategy.launch == "gated" and strategy.sends == "parameters":
+                own_grads = [grads[i] for layer in members for i in layer.leaves]
+                vector, _ = jax.lax.optimization_barrier((vector, own_grads))
+            mean, lost = exchange(
+                vector,
+                _gather(state.anchors, group),
+                _gather(state.residuals, group),
+                message_key(state.key, state.step, group),
+                codec=strategy.codec,
+                axis_name=axis_name,
+            )
+            means.update(_scatter(mean, leaves, group, layers))
+            if lost is not None:
+                residuals.update(_scatter(lost, leaves, group, layers))
+        return means, residuals
+
+    def step(state: State, batch: Any, due: Due) -> tuple[State, Info]:
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+        leaves, treedef = jax.tree.flatten(state.params)
+        grad_leaves = jax.tree.leaves(grads)
+        groups = messages(strategy, due.send)
+        if strategy.sends == "gradients":
+            means, residuals = send(state, grad_leaves, grad_leaves, groups)
+            for i, vector in means.items():
+                for j, leaf in split(vector, grad_leaves, [layers[i]]).items():
+                    grad_leaves[j] = leaf
+            grads = jax.tree.unflatten(treedef, grad_leaves)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = average_moments(opt_state, due.moments, axis_name)
+        info = Info(loss, update_norms(updates, layers))
+        local = optax.apply_updates(state.params, updates)
+        if strategy.sends == "gradients":
+            state = state._replace(residuals=_put(state.residuals, residuals))
+            return state._replace(params=local, opt_state=opt_state, step=state.step + 1), info
+        source = jax.tree.leaves(state.params if strategy.rule == "pre" else local)
+        means, residuals = send(state, source, grad_leaves, groups)
+        state = state._replace(
+            opt_state=opt_state, residuals=_put(state.residuals, residuals), step=state.step + 1
+        )
+        return apply_due(state, means, updates, due, layers, strategy), info
+
+    return Algorithm(init, step)
+
+
+def apply_due(
+    state: State,
+    means: dict[int, jax.Array],
+    updates: Any,
+    due: Due,
+    layers: Sequence[Layer],
+    strategy: Strategy,
+) -> State:
+    """Finish a step: local updates everywhere, agreed values in the layers that are due.
+
+    Args:
+      state: the state, with the parameters from before the step.
+      means: mean of each layer whose exchange has just ended, flat.
+      updates: the inner optimiser's updates.
+      due: what this step has to do.
+      layers: layers in backward order.
+      strategy: the update rule, outer optimiser and mixing.
+
+    Returns:
+      The state after the step.
+
+    >>> s = init_state({"w": jnp.ones(1)}, optax.sgd(1.0), [Layer("w", (0,))], Strategy(),
+    ...                jax.random.key(0))
+    >>> done = apply_due(s, {0: jnp.full(1, 5.0)}, {"w": jnp.full(1, -1.0)}, Due((0,), (0,)),
+    ...                  [Layer("w", (0,))], Strategy())
+    >>> done.params["w"].tolist()
+    [4.0]
+    """
+    leaves, treedef = jax.tree.flatten(state.params)
+    update_leaves = jax.tree.leaves(updates)
+    new = [p + u for p, u in zip(leaves, update_leaves, strict=True)]
+    in_flight = list(_put(state.in_flight, means)) if state.in_flight else means
+    anchors, outer = list(state.anchors), list(state.outer)
+    for i in due.apply:
+        anchor = anchors[i] if anchors else None
+        agreed, outer_state = agree(in_flight[i], anchor, outer[i] if outer else (), strategy)
+        if anchors:
+            anchors[i] = agreed
+        if outer:
+            outer[i] = outer_state
+        for j, leaf in split(agreed, leaves, [layers[i]]).items():
+            new[j] = blend(leaf, leaves[j], update_leaves[j], strategy).astype(leaves[j].dtype)
+    return state._replace(
+        params=jax.tree.unflatten(treedef, new),
+        anchors=tuple(anchors),
+        outer=tuple(outer),
+        in_flight=tuple(in_flight) if state.in_flight else (),
+    )
+
+
+def message_key(key_data: jax.Array, step: Any, group: Sequence[int]) -> jax.Array:
+    """Derive the random key of one message, the same whichever driver runs the step.
+
+    >>> k = jax.random.key_data(jax.random.key(0))
+    >>> bool((message_key(k, 3, (0,)) == message_key(k, 3, (0, 1))).all())
+    True
+    """
+    key = jax.random.wrap_key_data(key_data)
+    return jax.random.fold_in(jax.random.fold_in(key, step), group[0])
+
+
+def _gather(vectors: Sequence[jax.Array], group: Sequence[int]) -> jax.Array | None:
+    return jnp.concatenate([vectors[i] for i in group]) if vectors else None
+
+
+def _scatter(
+    vector: jax.Array, leaves: Sequence[Any], group: Sequence[int], layers: Sequence[Layer]
+) -> dict[int, jax.Array]:
+    out, offset = {}, 0
+    for i in group:
+        size = sum(leaves[j].size for j in layers[i].leaves)
+        out[i] = vector[offset : offset + size]
+        offset += size
+    return out
+
+
+def _put(vectors: tuple[jax.Array, ...], values: dict[int, jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(values.get(i, v) for i, v in enumerate(vectors))
