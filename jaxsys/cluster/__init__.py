@@ -1,1 +1,28 @@
-"""Start, join and supervise processes, on one machine or many; shape the links between them."""
+"""Processes that work together: launching them, joining a job, and slow networks to try them on.
+
+Nothing here imports JAX before `join` is called, so that a launcher stays small.
+"""
+
+from jaxsys.cluster.join import Membership, join, read_environment
+from jaxsys.cluster.launch import Attempt, LaunchReport, launch, most_workers
+from jaxsys.cluster.netlab import Availability, LinkRate, Netlab, available, netlab
+from jaxsys.cluster.rates import Traffic, format_rate, interface_bytes, parse_rate
+
+__all__ = [
+    "Attempt",
+    "Availability",
+    "LaunchReport",
+    "LinkRate",
+    "Membership",
+    "Netlab",
+    "Traffic",
+    "available",
+    "format_rate",
+    "interface_bytes",
+    "join",
+    "launch",
+    "most_workers",
+    "netlab",
+    "parse_rate",
+    "read_environment",
+]
