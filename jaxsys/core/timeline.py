@@ -6,6 +6,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.report import COLOURS
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Task:
 
     name: str
     stream: str
-    duration_s: float
+    duration_s: int | float
     after: tuple[str, ...] = ()
-    release_s: float = 0.0
+    release_s: int | float = 0.0
 
 
 class Span(NamedTuple):
@@ -86,7 +87,8 @@ class Timeline:
         >>> simulate([Task("a", "x", 1.0, release_s=5.0)]).busy_s("x")
         1.0
         """
-        return sum(span.end_s - span.start_s for span in self.spans if span.stream == stream)
+        mine = (span for span in self.spans if span.stream == stream)
+        return sum((span.end_s - span.start_s for span in mine), 0.0)
 
     def critical_path(self) -> tuple[str, ...]:
         """Trace back from the task that ends last through what each one waited for.
@@ -154,7 +156,7 @@ def simulate(tasks: Iterable[Task]) -> Timeline:
         for before in waits[task.name]:
             if spans[before].end_s > start:
                 start, cause = spans[before].end_s, before
-        spans[task.name] = Span(task.name, task.stream, start, start + task.duration_s)
+        spans[task.name] = Span(task.name, task.stream, start, float(start + task.duration_s))
         waited_for[task.name] = cause
         for name in followers[task.name]:
             missing[name] -= 1
@@ -215,8 +217,6 @@ def gantt(ax, timeline: Timeline | Sequence[tuple[str, str, float, float]], *, l
     >>> [tick.get_text() for tick in ax.get_yticklabels()]
     ['compute']
     """
-    from matplotlib import colormaps  # deferred: planning must not need a drawing library
-
     given = timeline.spans if isinstance(timeline, Timeline) else timeline
     spans = [Span(*span) for span in given]
     for span in spans:
@@ -227,7 +227,7 @@ def gantt(ax, timeline: Timeline | Sequence[tuple[str, str, float, float]], *, l
             )
     rows = {stream: row for row, stream in enumerate(dict.fromkeys(s.stream for s in spans))}
     kinds = dict.fromkeys(span.name.split(" ")[0] for span in spans)
-    colours = {kind: colormaps["tab10"](k % 10) for k, kind in enumerate(kinds)}
+    colours = {kind: COLOURS[k % len(COLOURS)] for k, kind in enumerate(kinds)}
     for span in spans:
         row, width = rows[span.stream], span.end_s - span.start_s
         colour = colours[span.name.split(" ")[0]]

@@ -18,8 +18,8 @@ def schedule(
     *,
     max_period: int,
     launch: str = "gated",
-    forward_s: float | Float[Array, ""] = 0.0,
-    tail_s: float | Float[Array, ""] = 0.0,
+    forward_s: int | float | Float[Array, ""] = 0.0,
+    tail_s: int | float | Float[Array, ""] = 0.0,
 ) -> tuple[Int[Array, "H"], Float[Array, "H"]]:
     """Cut the layers into at most ``period`` contiguous runs with the least total wait.
 
@@ -83,8 +83,8 @@ def schedule_many(
     *,
     max_period: int,
     launch: str = "gated",
-    forward_s: float = 0.0,
-    tail_s: float = 0.0,
+    forward_s: int | float = 0.0,
+    tail_s: int | float = 0.0,
     chunk: int = 250,
 ) -> tuple[Int[Array, "N H"], Float[Array, "N H"]]:
     """Plan for many bandwidths (or worker counts) at once.

@@ -28,7 +28,7 @@ def check_launch(launch: str) -> None:
         )
 
 
-def check_times(backward_s, comm_s, forward_s: float = 0.0, tail_s: float = 0.0):
+def check_times(backward_s, comm_s, forward_s: int | float = 0.0, tail_s: int | float = 0.0):
     """Turn a profile into two float64 vectors, refusing what cannot be a time.
 
     Args:
@@ -75,7 +75,7 @@ def check_times(backward_s, comm_s, forward_s: float = 0.0, tail_s: float = 0.0)
 
 
 def release_s(
-    backward_s: Float[np.ndarray, "L"], launch: str, forward_s: float, tail_s: float
+    backward_s: Float[np.ndarray, "L"], launch: str, forward_s: int | float, tail_s: int | float
 ) -> tuple[Float[np.ndarray, "L"], float]:
     """Say when each layer's communication may start, and when the compute ends.
 
@@ -129,8 +129,8 @@ def wait_s(
     comm_s,
     *,
     launch: str = "gated",
-    forward_s: float = 0.0,
-    tail_s: float = 0.0,
+    forward_s: int | float = 0.0,
+    tail_s: int | float = 0.0,
 ) -> float:
     """Predict the seconds that one iteration waits for communication after its compute.
 
@@ -265,8 +265,8 @@ def phase_tasks(
     comm_s,
     *,
     launch: str = "gated",
-    forward_s: float = 0.0,
-    tail_s: float = 0.0,
+    forward_s: int | float = 0.0,
+    tail_s: int | float = 0.0,
 ) -> tuple[Task, ...]:
     """Write one iteration as tasks on a compute and a communication stream.
 
