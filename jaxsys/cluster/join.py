@@ -12,7 +12,10 @@ Kubernetes, and by hand on several hosts. The first of these that applies says w
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import NoReturn
 
 from jaxsys.cluster._ports import split_address
 from jaxsys.cluster._rendezvous import meet
@@ -103,6 +106,27 @@ def join(
         _initialize(member, local_device_ids, heartbeat_s, init_timeout_s, shutdown_s)
     _joined = member
     return member
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; with a bad status at once, without waiting for the other members.
+
+    An ordinary exit first waits until all members have come to theirs. A member that fails must
+    not: the others may be inside a collective that waits for it, and only its death ends that.
+
+    Args:
+      code: the exit status.
+
+    >>> leave(0)
+    Traceback (most recent call last):
+    ...
+    SystemExit: 0
+    """
+    if code != 0 and _joined is not None and _joined.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def read_environment(environ: Mapping[str, str]) -> Membership | None:
@@ -245,3 +269,14 @@ def _initialize(
         heartbeat_timeout_seconds=heartbeat_s,
         shutdown_timeout_seconds=shutdown_s,
     )
+    sys.excepthook = _report_and_leave(sys.excepthook)
+
+
+def _report_and_leave(report: Callable[..., object]) -> Callable[..., None]:
+    """Make an uncaught exception end the process at once, after its traceback; see `leave`."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report(kind, error, trace)
+        leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    return hook

@@ -219,9 +219,9 @@ def netlab(
       n: how many workers.
       bandwidth: the rate of every link, such as ``100mbit``, or a list of n such rates; it holds
         in each direction by itself, headers (below 1 %) included.
-      burst_bytes: what a link lets pass at once after a pause; the default is 4 ms at its rate and
-        at least two bundles of frames, small against what is measured and large enough for the
-        kernel's timers.
+      burst_bytes: what a link lets pass at once after a pause; the default is 8 ms at its rate and
+        at least two bundles of frames, small against what is measured and large enough for
+        timers that come late on a busy machine.
 
     Yields:
       The network.
@@ -326,7 +326,7 @@ def _rates(n: int, bandwidth: str | Sequence[str]) -> tuple[float, ...]:
 
 
 def _burst_bytes(rate_bits_s: float) -> int:
-    return max(2 * _GSO_BYTES, round(rate_bits_s / 8 * 4e-3))
+    return max(2 * _GSO_BYTES, round(rate_bits_s / 8 * 8e-3))
 
 
 def _tool(name: str) -> str | None:

@@ -197,3 +197,19 @@ def test_two_processes_add_up(environ, programs):
     assert report.exit_code == 0, seen
     assert seen.count("psum 3.0") == 2
     assert seen.count("how launcher local 2") == 2
+
+
+@pytest.mark.parametrize(("end", "status"), [("1 / 0", 1), ("jaxsys.cluster.leave(2)", 2)])
+def test_a_failing_member_does_not_wait_for_the_others(environ, programs, end, status):
+    """Its own status is what the launch reports, not that of the members that miss it."""
+    program = programs.psum + (f"if me.process_id == 1: {end}\nimport time; time.sleep(300)\n")
+    seen: list[str] = []
+    report = launch(
+        ["timeout", "-k", "1", "90", *_python(program)],
+        2,
+        env=environ,
+        on_line=lambda i, line: seen.append(line),
+    )
+    assert report.exit_code == status, seen
+    assert report.attempts[0].first_failed == 1
+    assert not any("Terminating process" in line for line in seen)
