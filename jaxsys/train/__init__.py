@@ -1,1 +1,6 @@
 """The training loop shared by every system: optimiser presets, checkpoints, logs."""
+
+from jaxsys.train import logs, optimizers
+from jaxsys.train.loop import NonFiniteError, check_finite, iterate
+
+__all__ = ["NonFiniteError", "check_finite", "iterate", "logs", "optimizers"]
