@@ -83,8 +83,9 @@ class ResNet(nnx.Module):
 
     Reference: He et al., arXiv 1512.03385; group normalisation: Wu and He, arXiv 1803.08494.
 
-    >>> ResNet(ResNetConfig(), rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 8, 1))).shape
-    (2, 10)
+    >>> model = nnx.eval_shape(lambda: ResNet(ResNetConfig(), rngs=nnx.Rngs(0)))
+    >>> len(model.blocks), model.head.kernel.shape
+    (3, (64, 10))
     """
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
