@@ -136,7 +136,7 @@ class _Mailbox:
                 del self.under_way[member]
             if clock is not None:
                 name = self.layers[group[0]].name if len(group) == 1 else "all layers"
-                clock.sent(name, message)
+                clock.sent(f"sync {name}", message)
         return means, state._replace(residuals=tuple(residuals))
 
 
@@ -216,7 +216,7 @@ def overlapped_local_sgd(
             jax.tree.unflatten(treedef, grads), state.opt_state, state.params
         )
         jax.block_until_ready(updates)
-        clock.mark("update")
+        clock.mark("tail update")
         if not gradients:
             if strategy.launch == "after" and due.send:
                 box.post(due.send, jax.tree.leaves(local), state)
@@ -227,7 +227,7 @@ def overlapped_local_sgd(
         apply = () if gradients else due.apply
         state = finish(state._replace(opt_state=opt_state), means, updates, Due((), apply))
         jax.block_until_ready(state.params)
-        clock.mark("apply")
+        clock.mark("tail apply")
         comm_s = sum(s.end_s - s.start_s for s in clock.spans if s.stream == WIRE)
         step_s = clock.last - clock.began
         return state, HostInfo(

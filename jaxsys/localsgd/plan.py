@@ -141,7 +141,7 @@ def _checked_plan(cls, found: dict) -> SyncPlan:
             f"a field of the plan has the wrong kind ({error}); phases must be lists of integers "
             "and times numbers; pass what `to_json` wrote"
         ) from error
-    _check_method(plan.method, plan.period)
+    _check_period(plan.period)
     check_launch(plan.launch)
     times = [*plan.wait_s, *plan.comm_s, plan.compute_s]
     if not (len(plan.wait_s) == len(plan.comm_s) == plan.period) or not all(
@@ -166,6 +166,10 @@ def _check_method(method: str, period: int) -> None:
         raise UserError(
             f"method is {method!r}; it must be one of {', '.join(METHODS)}; pass one of these"
         )
+    _check_period(period)
+
+
+def _check_period(period: int) -> None:
     if period < 1:
         raise UserError(
             f"period is {period}; it must be at least 1; pass the number of iterations in which "

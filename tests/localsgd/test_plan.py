@@ -331,7 +331,6 @@ def test_bad_phases_and_bounds_are_refused():
         ("phases", [["x"], [1]], "wrong kind"),
         ("wait_s", [0.0], "one finite"),
         ("wait_s", [0.0, float("nan")], "one finite"),
-        ("method", "magic", "method is 'magic'"),
         ("launch", "later", "launch is 'later'"),
         ("secret", 1, "unknown: secret"),
     ],

@@ -1,0 +1,251 @@
+"""Measure a running job: seconds of each layer's forward, backward and message; fit the link.
+
+All workers measure at the same time, since they share cores and links, and the slowest worker
+counts, because every exchange waits for it.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsys.core.cost import LinearCost, PoorFitError, fit_linear
+from jaxsys.core.errors import UserError
+from jaxsys.core.graph import StagedLoss
+from jaxsys.core.tree import Layer
+from jaxsys.localsgd.codec import codec_bytes
+from jaxsys.localsgd.plan import SyncPlan
+from jaxsys.localsgd.strategy import Strategy, make_plan
+from jaxsys.localsgd.wire import Wire
+
+_ATTEMPTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What a plan is made from: measured times of one job, layers in backward order.
+
+    Attributes:
+      layers: names.
+      elements: number of parameters of each layer.
+      forward_s: seconds of each layer's forward pass.
+      backward_s: seconds of each layer's backward pass.
+      tail_s: seconds of the optimiser step.
+      link: seconds of one exchange as a line over the bytes that a worker sends.
+      workers: number of workers R.
+      note: where it was measured.
+
+    >>> p = Profile(("w",), (10,), (1.0,), (2.0,), 0.1, LinearCost(0.01, 0.001, 1.0, 0.0, 3), 4)
+    >>> p.plan(Strategy(period=1)).compute_s
+    3.1
+    """
+
+    layers: tuple[str, ...]
+    elements: tuple[int, ...]
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    tail_s: float
+    link: LinearCost
+    workers: int
+    note: str = ""
+
+    def message_s(self, elements: int, codec: str = "f32") -> float:
+        """Predict the seconds of one exchange of that many parameters."""
+        return float(self.link(codec_bytes(elements, codec, self.workers)))
+
+    def plan(self, strategy: Strategy) -> SyncPlan:
+        """Plan a strategy with these times."""
+        return make_plan(
+            strategy,
+            self.backward_s,
+            [self.message_s(n, strategy.codec) for n in self.elements],
+            forward_s=sum(self.forward_s),
+            tail_s=self.tail_s,
+            merged_s=self.message_s(sum(self.elements), strategy.codec),
+        )
+
+    def to_json(self) -> str:
+        """Write the profile as one JSON object."""
+        return json.dumps(dataclasses.asdict(self) | {"link": self.link.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Profile":
+        """Read a profile, checking it as a foreign file.
+
+        Raises:
+          UserError: it is not what `to_json` wrote.
+        """
+        try:
+            found = json.loads(text)
+            fields = {f.name for f in dataclasses.fields(cls)}
+            if set(found) - fields or not fields - {"note"} <= set(found):
+                raise KeyError(", ".join(sorted(set(found) ^ fields)))
+            vectors = {
+                name: tuple(kind(x) for x in found.pop(name))
+                for name, kind in (
+                    ("layers", str),
+                    ("elements", int),
+                    ("forward_s", float),
+                    ("backward_s", float),
+                )
+            }
+            if len({len(v) for v in vectors.values()}) != 1:
+                raise ValueError("its lists have different lengths")
+            link = LinearCost.from_dict(found.pop("link"))
+            return cls(**vectors, link=link, **found)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"the profile cannot be read ({error}); expected the JSON object that a run wrote as "
+                "profile.json; pass that file"
+            ) from error
+
+
+def measure_compute(
+    staged: StagedLoss,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    batch: Any,
+    wire: Wire,
+    *,
+    rounds: int = 8,
+    warmup: int = 2,
+    on_round: Callable[[int], None] = lambda _: None,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Time every layer's forward and backward and the optimiser step, on all workers at once.
+
+    Args:
+      staged: the loss, cut at its layers.
+      optimizer: the inner optimiser.
+      params: this worker's parameters.
+      batch: a batch of the size that will be used.
+      wire: for a barrier before each round, and to compare workers.
+      rounds: rounds that count; a layer's share is its median over them.
+      warmup: rounds that do not count.
+      on_round: called with the number of each round, for progress.
+
+    Returns:
+      Seconds of each layer's forward, [L], backward, [L] (both nearest the loss first), and of the
+      optimiser step, scaled so that their sum is the median over rounds of the slowest worker.
+    """
+    update = jax.jit(optimizer.update)
+    apply = jax.jit(optax.apply_updates)
+    opt_state = optimizer.init(params)
+    treedef = jax.tree.structure(params)
+    n = len(staged.stages)
+    rows = []
+    for k in range(warmup + rounds):
+        on_round(k)
+        wire.gather(np.zeros(1, np.float32))
+        marks = [time.perf_counter()]
+
+        def after(_: int, value: Any, marks: list[float] = marks) -> None:
+            jax.block_until_ready(value)
+            marks.append(time.perf_counter())
+
+        tape = staged.forward(params, batch, after_stage=after)
+        grads: dict[int, Any] = {}
+        queued = None
+        for _, done in staged.backward(tape):
+            if queued is not None:
+                after(0, queued)
+            grads.update(done)
+            queued = done
+        after(0, queued)
+        updates, opt_state = update(
+            jax.tree.unflatten(treedef, [grads[j] for j in range(len(grads))]), opt_state, params
+        )
+        after(0, apply(params, updates))
+        rows.append(np.diff(marks))
+    own = np.array(rows[warmup:], np.float32)
+    everyone = wire.gather(own)  # [R, rounds, 2L+1]
+    shares = np.median(everyone, axis=(0, 1))
+    step_s = np.median(everyone.sum(-1).max(0))
+    times = shares * (step_s / shares.sum())
+    return times[:n][::-1], times[n : 2 * n], float(times[-1])
+
+
+def measure_link(
+    wire: Wire, *, repeats: int = 4, on_round: Callable[[int], None] = lambda _: None
+) -> tuple[LinearCost, list[tuple[float, float]]]:
+    """Time exchanges of five sizes through the wire and fit seconds = α + β·bytes.
+
+    The largest size is doubled until an exchange takes 0.2 s (or holds 16 MiB), so that the line
+    stands well above the noise on any link; the smallest is a sixteenth of it.
+
+    Args:
+      wire: this process's wire.
+      repeats: exchanges of each size; one more, not counted, compiles.
+      on_round: called with the number of each exchange, for progress.
+
+    Returns:
+      The fitted line over bytes sent by a worker, and the points (bytes, seconds).
+
+    Raises:
+      PoorFitError: the times do not lie on a line.
+    """
+    count = 0
+
+    def exchange_s(elements: int) -> float:
+        """Return the median over the workers of one exchange's seconds; the same on all."""
+        nonlocal count
+        on_round(count)
+        count += 1
+        wire.gather(np.zeros(1, np.float32))
+        group = (10**6 + elements,)  # no layer has this number, and sizes share no program
+        message = wire.send(group, "f32", [jnp.ones(elements)], None, None, key_data, 0).result()
+        return float(np.median(wire.gather(np.float32([message.end_s - message.start_s]))))
+
+    key_data = jax.random.key_data(jax.random.key(0))
+    largest = 2**17
+    exchange_s(largest)
+    while exchange_s(largest) < 0.2 and largest < 2**22:
+        largest *= 2
+        exchange_s(largest)
+    sizes = np.geomspace(largest // 16, largest, 5).astype(int).tolist()
+    for elements in sizes:
+        exchange_s(elements)
+    points: list[tuple[float, float]] = []
+    for attempt in range(_ATTEMPTS):  # more points help where the machine is busy
+        for elements in sizes:
+            sent = float(codec_bytes(elements, "f32", wire.workers))
+            points += [(sent, exchange_s(elements)) for _ in range(repeats)]
+        try:
+            return fit_linear([b for b, _ in points], [s for _, s in points]), points
+        except PoorFitError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+def make_profile(
+    layers: Sequence[Layer],
+    params: Any,
+    compute: tuple[np.ndarray, np.ndarray, float],
+    link: LinearCost,
+    workers: int,
+    note: str = "",
+) -> Profile:
+    """Put measured times together.
+
+    >>> cost = LinearCost(0.01, 0.001, 1.0, 0.0, 3)
+    >>> make_profile([Layer("w", (0,))], [np.ones(3)], (np.ones(1), np.ones(1), 0.5), cost, 2).elements
+    (3,)
+    """
+    sizes = [int(x.size) for x in jax.tree.leaves(params)]
+    forward_s, backward_s, tail_s = compute
+    return Profile(
+        layers=tuple(layer.name for layer in layers),
+        elements=tuple(sum(sizes[i] for i in layer.leaves) for layer in layers),
+        forward_s=tuple(map(float, forward_s)),
+        backward_s=tuple(map(float, backward_s)),
+        tail_s=float(tail_s),
+        link=link,
+        workers=workers,
+        note=note,
+    )

@@ -1,0 +1,40 @@
+"""The program of one worker process: ``python -m jaxsys.localsgd.worker JOB.json``.
+
+Events go to standard output as marked JSON lines, for `jaxsys.localsgd.supervise` to read.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxsys.cluster import join
+from jaxsys.core.errors import UserError
+from jaxsys.core.report import to_json
+from jaxsys.localsgd.job import Job, run
+from jaxsys.train import NonFiniteError
+
+EVENT, MISTAKE = "@jaxsys ", "!jaxsys "
+
+
+def main(job_file: str) -> int:
+    """Run the job; worker 0 prints its events; a mistake is one marked sentence and status 2."""
+    try:
+        job = Job.from_json(Path(job_file).read_text())
+        first = join().process_id == 0
+
+        def emit(event: dict[str, Any]) -> None:
+            if first:
+                print(EVENT + to_json(event), flush=True)
+
+        run(job, emit)
+    except UserError as error:
+        print(f"{MISTAKE}{error}", flush=True)
+        return 2
+    except NonFiniteError as error:
+        print(f"{MISTAKE}{error}", flush=True)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
