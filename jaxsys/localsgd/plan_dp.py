@@ -1,6 +1,7 @@
 """The exact planner over contiguous runs of layers, as one compiled, batchable programme."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -178,12 +179,9 @@ def plan_runs(
         release = jnp.full_like(ends, -forward_s if launch == "eager" else compute_end)
     prefix = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(comm_s)])
     least = _least_wait(release - prefix[:-1], prefix - compute_end, max_period)
-    cuts = _trace_back(
+    return _trace_back(
         release - prefix[:-1], prefix - compute_end, least, n_layers, period, max_period
     )
-    starts = jnp.concatenate([jnp.zeros(1, cuts.dtype), cuts[:-1]])
-    waits = jax.vmap(lambda s, e: _channel_wait(release, comm_s, compute_end, s, e))(starts, cuts)
-    return cuts, waits
 
 
 def _check_bound(period, max_period):
@@ -196,22 +194,27 @@ def _check_bound(period, max_period):
 def _least_wait(slack, over, max_period):
     """Tabulate F_h(e); slack is r_i − C_i [L], over is C_e − T [L+1]; returns [H+1, L+1]."""
     n = slack.shape[0]
-    index = jnp.arange(n + 1)
     least = jnp.full((max_period + 1, n + 1), jnp.inf, slack.dtype).at[:, 0].set(0)
+    worst = jnp.full(n + 1, -jnp.inf, slack.dtype)  # worst[s] = max over s ≤ i ≤ e of slack_i
+    # A run that ends at e starts at or before it, so early ends look at part of the table only.
+    marks = [n * quarter // 4 for quarter in range(5)] if n >= 64 else [0, n]
+    for low, high in pairwise(marks):
+        index = jnp.arange(high + 1)
 
-    def add_layer(e, carry):
-        worst, least = carry  # worst[s] = max over s ≤ i ≤ e of slack_i
-        worst = jnp.where(index <= e, jnp.maximum(worst, slack[e]), -jnp.inf)
-        wait = jnp.maximum(worst + over[e + 1], 0)
-        column = jnp.min(least[:-1] + wait[None], axis=1)
-        return worst, lax.dynamic_update_slice(least, column[:, None], (1, e + 1))
+        def add_layer(e, carry, index=index, high=high):
+            worst, least = carry
+            worst = jnp.where(index <= e, jnp.maximum(worst, slack[e]), -jnp.inf)
+            wait = jnp.maximum(worst + over[e + 1], 0)
+            column = jnp.min(least[:-1, : high + 1] + wait[None], axis=1)
+            return worst, lax.dynamic_update_slice(least, column[:, None], (1, e + 1))
 
-    start = jnp.full(n + 1, -jnp.inf, slack.dtype)
-    return lax.fori_loop(0, n, add_layer, (start, least))[1]
+        carry = lax.fori_loop(low, high, add_layer, (worst[: high + 1], least))
+        worst, least = jnp.pad(carry[0], (0, n - high), constant_values=-jnp.inf), carry[1]
+    return least
 
 
 def _trace_back(slack, over, least, n_layers, period, max_period):
-    """Find the cuts [H] that attain F_period(n_layers), no run empty while layers suffice."""
+    """Find cuts and waits [H] that attain F_period(n_layers), no run empty while layers suffice."""
     n = slack.shape[0]
     index = jnp.arange(n + 1)
 
@@ -225,16 +228,8 @@ def _trace_back(slack, over, least, n_layers, period, max_period):
         highest = jnp.where(end >= h, end - 1, end)
         cost = jnp.where((index >= lowest) & (index <= highest), cost, jnp.inf)
         start = n - jnp.argmin(cost[::-1])  # the last of equals
-        return jnp.where(h > period, end, start), end
+        unused = h > period
+        return jnp.where(unused, end, start), (end, jnp.where(unused, 0, wait[start]))
 
-    _, ends = lax.scan(step, jnp.asarray(n_layers), jnp.arange(max_period, 0, -1))
-    return ends[::-1]
-
-
-def _channel_wait(release, comm_s, compute_end, start, end):
-    """Wait of the run start … end−1 by the channel rule itself, without differences of sums."""
-    index = jnp.arange(comm_s.shape[0])
-    inside = (index >= start) & (index < end)
-    remaining = jnp.cumsum(jnp.where(inside, comm_s, 0)[::-1])[::-1]
-    finish = jnp.max(jnp.where(inside, release + remaining, -jnp.inf))
-    return jnp.maximum(finish - compute_end, 0)
+    _, (ends, waits) = lax.scan(step, jnp.asarray(n_layers), jnp.arange(max_period, 0, -1))
+    return ends[::-1], waits[::-1]
