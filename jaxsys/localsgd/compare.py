@@ -1,20 +1,26 @@
 """The main job: strategies side by side over slow links, a table and a figure at the end."""
 
 import dataclasses
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxsys.cluster import Membership, join
+from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
-from jaxsys.core.report import atomic_write, markdown_table, to_json
+from jaxsys.core.report import append_jsonl, atomic_write, markdown_table, to_json
 from jaxsys.localsgd import figures
-from jaxsys.localsgd.job import Job
+from jaxsys.localsgd.job import Job, run
 from jaxsys.localsgd.live import LiveView
 from jaxsys.localsgd.profile import Profile
 from jaxsys.localsgd.record import Record
 from jaxsys.localsgd.strategy import choose
 from jaxsys.localsgd.supervise import Links, run_workers
 from jaxsys.localsgd.task import Task, set_up
+from jaxsys.train import logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Comparison:
       profile: file of a measured profile to plan from, instead of measuring.
       port: port of the coordinator; a free one by default.
       overrides: fields of `Strategy` that replace those of the presets, such as the codec.
+      loggers: ``tensorboard`` and ``wandb`` besides ``metrics.jsonl``.
     """
 
     workers: int = 4
@@ -50,6 +57,7 @@ class Comparison:
     profile: str | None = None
     port: int | None = None
     overrides: tuple[tuple[str, Any], ...] = ()
+    loggers: tuple[str, ...] = ()
 
     def job(self) -> Job:
         """Check everything that can be checked before a process is started, and make the job.
@@ -93,37 +101,113 @@ class Comparison:
 def compare(request: Comparison) -> tuple[Record, Job]:
     """Run a comparison with a live view, and write its table and figure.
 
+    Called in a process that belongs to a job already (``jaxsys launch``, Slurm, ...), it becomes
+    one worker of that job; elsewhere it starts its own workers on this machine.
+
     Args:
       request: what to run.
 
     Returns:
       The record of the run and the job that was run. The folder ``request.out`` then holds
-      ``table.md``, ``result.json``, ``compare.png``, ``profile.json`` and ``events.jsonl``.
+      ``table.md``, ``result.json``, ``compare.png``, ``profile.json``, ``metrics.jsonl`` and
+      ``events.jsonl``.
 
     Raises:
       UserError: whatever is wrong with the request, before anything is started where possible.
     """
+    member = join()
     job = request.job()
     out = Path(request.out)
-    events = out / "events.jsonl"
-    store = out / "checkpoints"
-    record = Record()
-    if events.exists():
-        if request.save_every and store.exists():
-            record = Record.read(events)
-        else:
-            events.unlink()
+    if member.process_id != 0:
+        run(job, lambda _: None)
+        return Record(), job
+    record = _earlier(request, out)
+    writer = _writer(request, job, out)
+    restarts = 0
     with LiveView(record, list(job.strategies), job.steps) as view:
-        report = run_workers(
-            job,
-            request.workers,
-            request.links,
-            on_event=view.update,
-            restarts=request.restarts,
-            port=request.port,
-        )
-    write_results(record, job, out, restarts=report.restarts)
+
+        def on_event(event: dict[str, Any]) -> None:
+            view.update(event)
+            for row in metrics(event):
+                writer.write(row)
+
+        if member.num_processes > 1:
+            _run_joined(job, member, out, on_event)
+        else:
+            report = run_workers(
+                job,
+                request.workers,
+                request.links,
+                on_event=on_event,
+                restarts=request.restarts,
+                port=request.port,
+            )
+            restarts = report.restarts
+    writer.close()
+    write_results(record, job, out, restarts=restarts)
     return record, job
+
+
+def _earlier(request: Comparison, out: Path) -> Record:
+    """Go on with the record of an interrupted run, or start a new one."""
+    events = out / "events.jsonl"
+    if request.save_every and RunStore(out / "checkpoints").latest() is not None:
+        return Record.read(events) if events.exists() else Record()
+    for old in (events, out / "metrics.jsonl", out / "workers.log"):
+        old.unlink(missing_ok=True)
+    return Record()
+
+
+def _run_joined(
+    job: Job, member: Membership, out: Path, on_event: Callable[[dict[str, Any]], None]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+
+    def emit(event: dict[str, Any]) -> None:
+        event = json.loads(to_json(event | {"at_s": time.monotonic() - began}))
+        append_jsonl(out / "events.jsonl", event)
+        on_event(event)
+
+    emit({"event": "start", "link": "joined", "bandwidth": [], "workers": member.num_processes})
+    run(job, emit)
+
+
+def _writer(request: Comparison, job: Job, out: Path) -> logs.Writer:
+    writers: list[logs.Writer] = [logs.JsonLines(out / "metrics.jsonl")]
+    if "tensorboard" in request.loggers:
+        writers.append(logs.TensorBoard(out / "tensorboard"))
+    if "wandb" in request.loggers:
+        writers.append(logs.WeightsAndBiases("jaxsys", json.loads(job.to_json()), out))
+    return logs.Tee(*writers)
+
+
+def metrics(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write a block's event as one row per step, for the log writers.
+
+    >>> block = {"event": "block", "strategy": "ssgd", "first": 4, "loss": [2.5], "clock_s": [0.1],
+    ...          "wait_s": [0.05], "comm_s": [0.06], "sent_bytes": 8.0, "divergence": [0.0]}
+    >>> metrics(block)[0]["step"], metrics(block)[0]["ssgd/loss"]
+    (4, 2.5)
+    """
+    if event["event"] != "block":
+        return []
+    name, count = event["strategy"], len(event["loss"])
+    ends = [0.0, *event["clock_s"]]
+    rows = []
+    for k in range(count):
+        row = {
+            f"{name}/loss": event["loss"][k],
+            f"{name}/step_s": ends[k + 1] - ends[k],
+            f"{name}/wait_s": event["wait_s"][k],
+            f"{name}/comm_s": event["comm_s"][k],
+            f"{name}/sent_bytes": event["sent_bytes"] / count,
+        }
+        if k == count - 1:
+            gammas = enumerate(event["divergence"])
+            row |= {f"{name}/divergence/{i}": gamma for i, gamma in gammas}
+        rows.append({"step": event["first"] + k} | row)
+    return rows
 
 
 def write_results(record: Record, job: Job, out: Path, restarts: int = 0) -> None:

@@ -84,7 +84,7 @@ def compare_figure(
         axes[0].plot(clock, smooth(losses, window), label=name)
     axes[0].set(
         xlabel="wall time of the strategy, s",
-        ylabel=f"training loss, nats per token (mean of {window} steps)",
+        ylabel="training loss, nats/token",
         title=record.label(),
     )
     axes[0].legend()

@@ -173,10 +173,10 @@ def measure_compute(
 def measure_link(
     wire: Wire, *, repeats: int = 4, on_round: Callable[[int], None] = lambda _: None
 ) -> tuple[LinearCost, list[tuple[float, float]]]:
-    """Time exchanges of five sizes through the wire and fit seconds = α + β·bytes.
+    """Time exchanges of six sizes through the wire and fit seconds = α + β·bytes.
 
-    The largest size is doubled until an exchange takes 0.2 s (or holds 16 MiB), so that the line
-    stands well above the noise on any link; the smallest is a sixteenth of it.
+    The largest size is doubled until an exchange takes 0.2 s (or holds 16 MiB), so that the line stands
+    well above the noise on any link; the smallest is a sixteenth of it.
 
     Args:
       wire: this process's wire.
@@ -207,7 +207,7 @@ def measure_link(
     while exchange_s(largest) < 0.2 and largest < 2**22:
         largest *= 2
         exchange_s(largest)
-    sizes = np.geomspace(largest // 16, largest, 5).astype(int).tolist()
+    sizes = np.geomspace(largest // 128, largest, 6).astype(int).tolist()
     for elements in sizes:
         exchange_s(elements)
     points: list[tuple[float, float]] = []

@@ -149,4 +149,5 @@ def describe_link(kind: str, bandwidth: Sequence[str]) -> str:
         "netlab": f"shaped link, {rates}",
         "emulated": f"emulated link, {rates}",
         "none": "loopback",
+        "joined": "the cluster's own links",
     }[kind]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsys.cluster import format_rate
 from jaxsys.core.cost import allreduce_s
 from jaxsys.core.errors import UserError
 from jaxsys.localsgd.codec import codec_bytes
@@ -90,3 +91,50 @@ def sweep(
                         }
                     )
     return rows
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Lay a sweep out with one column per bandwidth.
+
+    >>> sweep_table([{"strategy": "local", "workers": 4, "period": 5, "bandwidth_bits_s": 1e8,
+    ...               "predicted_s": 0.5}])
+    [{'workers': '4', 'H': '5', 'strategy': 'local', '100mbit': '0.500'}]
+    """
+    table: dict[tuple[int, int, str], dict[str, str]] = {}
+    for r in rows:
+        key = (r["workers"], r["period"], r["strategy"])
+        start = {"workers": str(key[0]), "H": str(key[1]), "strategy": key[2]}
+        line = table.setdefault(key, start)
+        line[format_rate(r["bandwidth_bits_s"])] = f"{r['predicted_s']:.3f}"
+    return [table[key] for key in sorted(table, key=lambda k: k[:2])]
+
+
+def schedule_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """List what each partial strategy sends in each step, for the first network of a sweep.
+
+    >>> schedule_table([])
+    []
+    """
+    seen: dict[str, dict[str, str]] = {}
+    for r in rows:
+        if r["strategy"] in seen or r["period"] == 1:
+            continue
+        phases = " | ".join(_ranges(phase) for phase in r["plan"].phases)
+        seen[r["strategy"]] = {
+            "strategy": r["strategy"],
+            "link": format_rate(r["bandwidth_bits_s"]),
+            "layers by step": phases,
+            "hidden": f"{r['hidden_share']:.0%}",
+        }
+    return list(seen.values())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as ranges, 0-2 5."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "-"

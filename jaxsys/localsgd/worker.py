@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxsys.cluster import join
+from jaxsys.cluster import join, leave
 from jaxsys.core.errors import UserError
 from jaxsys.core.report import to_json
 from jaxsys.localsgd.job import Job, run
@@ -16,7 +16,7 @@ from jaxsys.train import NonFiniteError
 EVENT, MISTAKE = "@jaxsys ", "!jaxsys "
 
 
-def main(job_file: str) -> int:
+def main(job_file: str) -> None:
     """Run the job; worker 0 prints its events; a mistake is one marked sentence and status 2."""
     try:
         job = Job.from_json(Path(job_file).read_text())
@@ -29,12 +29,11 @@ def main(job_file: str) -> int:
         run(job, emit)
     except UserError as error:
         print(f"{MISTAKE}{error}", flush=True)
-        return 2
+        leave(2)
     except NonFiniteError as error:
         print(f"{MISTAKE}{error}", flush=True)
-        return 3
-    return 0
+        leave(3)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])
