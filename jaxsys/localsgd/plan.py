@@ -253,7 +253,7 @@ def plan_sync(
         n_layers=n,
         phases=phases,
         wait_s=tuple(phase_wait_s(layers, release, end, comm_s) for layers in phases),
-        comm_s=tuple(float(sum(comm_s[i] for i in layers)) for layers in phases),
+        comm_s=tuple(float(comm_s[list(layers)].sum()) for layers in phases),
         compute_s=float(forward_s + end),
     )
 
@@ -261,12 +261,13 @@ def plan_sync(
 def _runs(backward_s, comm_s, period, launch, forward_s, tail_s) -> tuple[tuple[int, ...], ...]:
     """Run the exact programme in float64, padded so that similar sizes share a compilation."""
     n = len(comm_s)
-    padding = (0, _round_up(n, 8 if n <= 64 else 64) - n)
+    padded = np.zeros((2, _round_up(n, 8 if n <= 64 else 64)))
+    padded[:, :n] = backward_s, comm_s
     used = min(period, n)  # with more iterations than layers the rest stays empty
     with jax.enable_x64(True):
         ends, _ = plan_runs(
-            np.pad(backward_s, padding),
-            np.pad(comm_s, padding),
+            padded[0],
+            padded[1],
             n,
             used,
             max_period=_round_up(used, 4),
