@@ -113,6 +113,7 @@ def many_workers(counts, n_layers, runs, seed):
 def _times(found):
     low, high = found.ci_s
     return {
+        "fastest": format_seconds(min(found.seconds)),
         "median": format_seconds(found.median_s),
         "95 % interval": f"{format_seconds(low)} … {format_seconds(high)}",
     }
@@ -135,7 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     text += (
         f"{machine(devices=True)}. Seed {seed}, {runs} interleaved runs after one uncounted, "
         f"median and bootstrap interval. Period {PERIOD}; times after compilation, including the "
-        f"transfer of the result. Load average at the start {os.getloadavg()[0]:.1f}.\n\n"
+        "transfer of the result. Load average at the start "
+        f"{os.getloadavg()[0]:.1f}: where it is above 0, the fastest run says more about the "
+        "planner and the median about the neighbours.\n\n"
     )
     text += "## One plan\n\nRandom profiles with comm = H·bp. `plan_sync` computes in float64.\n\n"
     text += markdown_table(one_plan(sizes, runs, seed))
