@@ -101,7 +101,10 @@ def print_table(
         table.add_column(name, justify="right" if to_right else "left")
     for row in cells:
         table.add_row(*row)
-    Console(stderr=stderr, markup=False, highlight=False).print(table)
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no edge at which to cut columns
+    console.print(table)
 
 
 def to_json(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxsys.cluster import Membership, join
+from jaxsys.cluster import Membership, join, most_workers
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
@@ -67,6 +67,12 @@ class Comparison:
         """
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}; expected at least 1; raise it")
+        count, bound = most_workers()
+        if join().num_processes == 1 and not 1 <= self.workers <= count:
+            raise UserError(
+                f"{self.workers} workers; this machine can start 1 to {count} ({bound}); choose a "
+                "number in that range, or spread the job over several machines with jaxsys launch"
+            )
         if len(self.links.bandwidth) not in (1, self.workers):
             raise UserError(
                 f"{len(self.links.bandwidth)} link rates for {self.workers} workers; expected one "
@@ -116,6 +122,9 @@ def compare(request: Comparison) -> tuple[Record, Job]:
       UserError: whatever is wrong with the request, before anything is started where possible.
     """
     member = join()
+    if member.num_processes > 1:
+        links = Links("none")  # the cluster has its own
+        request = dataclasses.replace(request, workers=member.num_processes, links=links)
     job = request.job()
     out = Path(request.out)
     if member.process_id != 0:

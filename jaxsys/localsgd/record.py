@@ -125,11 +125,12 @@ class Record:
                     "hidden_planned": plan.hidden_share,
                     "sent_bytes_per_step": sum(b["sent_bytes"] for b in blocks)
                     / sum(len(b["loss"]) for b in blocks),
+                    "sent_counted": all(b["sent_counted"] for b in blocks),
                     "loss_equal_steps": float(np.mean(losses[-window:])),
                     "loss_equal_time": float(np.mean(losses[max(0, reached - window) : reached]))
                     if reached
-                    else float("nan"),
-                    "valid_loss": self.valid.get(name, {}).get("mean_model", float("nan")),
+                    else None,
+                    "valid_loss": self.valid.get(name, {}).get("mean_model"),
                     "divergence": float(np.mean(blocks[-1]["divergence"])),
                 }
             )
@@ -152,9 +153,9 @@ class Record:
                 "error": f"{r['step_s'] / r['predicted_s'] - 1:+.0%}",
                 "hidden": f"{r['hidden']:.0%}",
                 "planned": f"{r['hidden_planned']:.0%}",
-                "MB/step": f"{r['sent_bytes_per_step'] / 1e6:.2f}",
+                "MB/step": f"{'' if r['sent_counted'] else '~'}{r['sent_bytes_per_step'] / 1e6:.2f}",
                 "loss@steps": f"{r['loss_equal_steps']:.3f}",
-                "loss@time": f"{r['loss_equal_time']:.3f}",
+                "loss@time": f"{r['loss_equal_time']:.3f}" if r["loss_equal_time"] else "",
             }
             if intervals:
                 line["s/step"] += f" [{r['low_s']:.3f}, {r['high_s']:.3f}]"
@@ -172,7 +173,7 @@ class Record:
         return f"{self.start['workers']} workers, {link}"
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Average each value with those before it, over at most ``window`` values.
 
     >>> smooth([1.0, 3.0, 5.0], 2).tolist()

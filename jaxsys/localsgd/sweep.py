@@ -56,7 +56,7 @@ def sweep(
     rows = []
     for period in periods:
         for name, strategy in choose(strategies, period).items():
-            share = codec_bytes(1e6, strategy.codec, 2) / codec_bytes(1e6, "f32", 2)
+            share = codec_bytes(2**20, strategy.codec, 2) / codec_bytes(2**20, "f32", 2)
             rate = np.asarray(bandwidths_bits_s, float)[:, None, None]
             crowd = np.asarray(workers, np.int32)[None, :, None]
             times = np.asarray(
