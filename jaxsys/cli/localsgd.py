@@ -194,8 +194,14 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
     )
     out = config.out or Path("runs/plan")
     plain = [{k: v for k, v in row.items() if k != "plan"} for row in rows]
-    first = [r for r in rows if r["workers"] == config.workers[0] and r["period"] in (1, config.periods[0])]
-    title = f"{config.workers[0]} workers, {config.allreduce} all-reduce, period {config.periods[0]}"
+    first = [
+        r
+        for r in rows
+        if r["workers"] == config.workers[0] and r["period"] in (1, config.periods[0])
+    ]
+    title = (
+        f"{config.workers[0]} workers, {config.allreduce} all-reduce, period {config.periods[0]}"
+    )
     atomic_write(out / "plan.json", to_json(plain))
     sweep_figure(first, out / "plan.png", title)
     if not config.json:

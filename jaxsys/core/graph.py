@@ -10,6 +10,7 @@ Equations that depend on no data (masks, casts of parameters) belong to the firs
 them, so that casting all parameters at the top of a loss does not defeat the cut.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -111,9 +112,7 @@ class StagedLoss(NamedTuple):
         grads: dict[int, Any] = {}
         for i in reversed(range(len(self.stages))):
             stage = self.stages[i]
-            seeds = [
-                cotangents.pop(name, None) for name in stage.outputs
-            ]
+            seeds = [cotangents.pop(name, None) for name in stage.outputs]
             seeds = [
                 _zero_cotangent(out) if seed is None else seed
                 for seed, out in zip(seeds, tape.outputs[i], strict=True)
@@ -150,9 +149,7 @@ def _evaluate(eqns: Sequence[Any], env: dict[Any, Any], *, inline: bool = False)
             scope = dict(zip(inner.jaxpr.constvars, inner.consts, strict=True))
             scope.update(zip(inner.jaxpr.invars, values, strict=True))
             _evaluate(inner.jaxpr.eqns, scope, inline=True)
-            outs = [
-                v.val if isinstance(v, jex.Literal) else scope[v] for v in inner.jaxpr.outvars
-            ]
+            outs = [v.val if isinstance(v, jex.Literal) else scope[v] for v in inner.jaxpr.outvars]
         else:
             outs = _bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -167,7 +164,7 @@ def _trace(fn: Callable[..., Any], params: Any, data: tuple[Any, ...]) -> _Graph
         return fn(p, *d)
 
     outer = jax.make_jaxpr(flat_fn)(*flat)
-    if len(outer.jaxpr.outvars) != 1 or outer.out_avals[0].shape != ():
+    if len(outer.jaxpr.outvars) != 1 or getattr(outer.out_avals[0], "shape", None) != ():
         raise UserError(
             f"the loss returns {[a.str_short() for a in outer.out_avals]}; expected one scalar; "
             "return the loss alone"
@@ -233,7 +230,7 @@ def _assign(graph: _Graph, groups: Sequence[Sequence[int]]) -> list[int | None]:
     """Give every equation its stage; `None` where nothing uses it."""
     first = _first_use(graph)
     starts = [min(first[j] for j in group) for group in groups]
-    if any(later < earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+    if any(later < earlier for earlier, later in itertools.pairwise(starts)):
         raise UserError(
             f"the groups start at equations {starts}; expected the order of first use; sort the "
             "groups with first_use"
@@ -369,8 +366,7 @@ def _signature(
         return f"{v.aval.str_short()}:{v.val}" if isinstance(v, jex.Literal) else f"%{number[v]}"
 
     def inner_consts(eqn: Any) -> list[int]:
-        closed = [p for p in eqn.params.values() if isinstance(p, jex.ClosedJaxpr)]
-        return [id(c) for p in closed for c in p.consts]
+        return [id(c) for p in eqn.params.values() for c in getattr(p, "consts", ())]
 
     body = tuple(
         f"{e.primitive}{e.params}{[atom(v) for v in e.invars]}{inner_consts(e)}" for e in eqns

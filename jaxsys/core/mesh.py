@@ -121,8 +121,8 @@ def over_replicas(
     return jax.jit(mapped, donate_argnums=donated, compiler_options=options)
 
 
-# How to keep per-layer collectives apart. On CPU the combiner is a pass to switch off; on GPU it has
-# a threshold, and the latency-hiding scheduler moves what is left behind compute.
+# How to keep per-layer collectives apart. On CPU the combiner is a pass to switch off; on GPU it
+# has a threshold, and the latency-hiding scheduler moves what is left behind compute.
 _SEPARATE: dict[str, dict[str, Any]] = {
     "cpu": {"xla_disable_hlo_passes": "cpu-all-reduce-combiner"},
     "gpu": {
@@ -157,7 +157,7 @@ def stack_local(tree: Any, mesh: Mesh, axis_name: str = REPLICA) -> Any:
 
 
 def take_local(tree: Any) -> Any:
-    """Return this process's replica of arrays with a leading replica axis, the inverse of `stack_local`.
+    """Return this process's replica of stacked arrays, the inverse of `stack_local`.
 
     >>> take_local(stack_local(jnp.ones(3), replica_mesh(jax.devices()[:1]))).shape
     (3,)

@@ -101,7 +101,7 @@ def group(names: Sequence[str], patterns: Sequence[str]) -> tuple[Layer, ...]:
         if not leaves:
             raise UserError(
                 f"layer pattern {pattern!r} matches no parameter that is still free; expected a "
-                f"glob over paths such as {names[0]!r}; correct the pattern or its place in the order"
+                f"glob over paths such as {names[0]!r}; correct the pattern or its place"
             )
         for i in leaves:
             del free[i]

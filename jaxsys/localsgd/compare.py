@@ -48,8 +48,8 @@ class Comparison:
     strategies: tuple[str, ...] = ("ssgd", "wfbp", "local", "dreamddp")
     period: int = 5
     steps: int = 40
-    links: Links = Links()
-    task: Task = Task()
+    links: Links = dataclasses.field(default_factory=Links)
+    task: Task = dataclasses.field(default_factory=Task)
     seed: int = 0
     out: str = "runs/compare"
     save_every: int = 0

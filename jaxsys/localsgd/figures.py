@@ -117,9 +117,7 @@ def sweep_figure(rows: list[dict[str, Any]], path: str | Path, title: str) -> No
             markersize=3,
             label=name,
         )
-    axis.set(
-        xscale="log", yscale="log", xlabel="link rate, Mbit/s", ylabel="s per step (modelled)"
-    )
+    axis.set(xscale="log", yscale="log", xlabel="link rate, Mbit/s", ylabel="s per step (modelled)")
     axis.set_title(title)
     axis.legend()
     save_figure(fig, path)

@@ -162,8 +162,10 @@ def overlapped_local_sgd(
       The functions of the run; results equal those of `partial_local_sgd` up to rounding.
 
     >>> from jaxsys.core.mesh import device_pair, replica_mesh
-    >>> one = device_pair()._replace(comm=jax.devices()[0], comm_mesh=replica_mesh(jax.devices()[:1]))
-    >>> loss, p, layers = lambda p, x: jnp.sum((p["w"] - x) ** 2), {"w": jnp.zeros(1)}, [Layer("w", (0,))]
+    >>> first = jax.devices()[:1]
+    >>> one = device_pair()._replace(comm=first[0], comm_mesh=replica_mesh(first))
+    >>> loss = lambda p, x: jnp.sum((p["w"] - x) ** 2)
+    >>> p, layers = {"w": jnp.zeros(1)}, [Layer("w", (0,))]
     >>> alg = overlapped_local_sgd(loss, optax.sgd(0.5), layers, Strategy(period=1),
     ...                            cut_loss(loss, p, jnp.ones(1), layers), Wire(one))
     >>> s = alg.init(p, jax.random.key(0))
@@ -230,9 +232,7 @@ def overlapped_local_sgd(
         clock.mark("tail apply")
         comm_s = sum(s.end_s - s.start_s for s in clock.spans if s.stream == WIRE)
         step_s = clock.last - clock.began
-        return state, HostInfo(
-            tape.loss, norms, step_s, clock.wait_s, comm_s, tuple(clock.spans)
-        )
+        return state, HostInfo(tape.loss, norms, step_s, clock.wait_s, comm_s, tuple(clock.spans))
 
     def settle(state: State) -> State:
         if not mailboxes or not state.in_flight:
@@ -245,9 +245,7 @@ def overlapped_local_sgd(
     return Overlapped(init, step, settle)
 
 
-def cut_loss(
-    loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]
-) -> graph.StagedLoss:
+def cut_loss(loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]) -> graph.StagedLoss:
     """Cut a loss at its layers, one stage per layer in forward order.
 
     >>> loss = lambda p, x: jnp.sum((p["w"] - x) ** 2)
@@ -296,9 +294,7 @@ _MOMENTS: dict[tuple[str, ...], Callable[[Any], Any]] = {}
 
 def _moments(globs: tuple[str, ...]) -> Callable[[Any], Any]:
     """Give the averaging of some moments one identity, so that its program is compiled once."""
-    return _MOMENTS.setdefault(
-        globs, lambda opt_state: average_moments(opt_state, globs, REPLICA)
-    )
+    return _MOMENTS.setdefault(globs, lambda opt_state: average_moments(opt_state, globs, REPLICA))
 
 
 def _fill(grads: list[Any], done: dict[int, Any]) -> None:

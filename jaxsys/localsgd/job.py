@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.cluster import interface_bytes, join
 from jaxsys.core import tree
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
+from jaxsys.core.graph import StagedLoss
 from jaxsys.core.mesh import REPLICA, device_pair
 from jaxsys.core.report import atomic_write
 from jaxsys.localsgd import host, profile
@@ -129,17 +129,15 @@ def run(job: Job, emit: Emit) -> dict[str, Any]:
     )
     staged = host.cut_loss(setup.loss_fn, params, setup.train.batch_at(0), setup.layers)
     optimizer = optimizers.PRESETS[job.task.optimizer](lr=job.task.lr)
-    profile_file = Path(job.out) / "profile.json"
-    measured = _profile(job, setup, staged, optimizer, params, wire, emit, profile_file)
-    turns = [
-        _Turn(
-            name,
-            strategy,
-            measured.plan(strategy),
-            host.overlapped_local_sgd(
-                setup.loss_fn, optimizer, setup.layers, strategy, staged, wire
-            ),
+    runs = {
+        name: host.overlapped_local_sgd(
+            setup.loss_fn, optimizer, setup.layers, strategy, staged, wire
         )
+        for name, strategy in job.strategies.items()
+    }
+    measured = _profile(job, setup, staged, next(iter(runs.values())), params, wire, emit)
+    turns = [
+        _Turn(name, strategy, measured.plan(strategy), runs[name])
         for name, strategy in job.strategies.items()
     ]
     check_equal("plan", {turn.name: turn.plan.to_json() for turn in turns}, wire)
@@ -151,7 +149,7 @@ def run(job: Job, emit: Emit) -> dict[str, Any]:
         }
     )
     if member.process_id == 0:
-        atomic_write(profile_file, measured.to_json())
+        atomic_write(_profile_file(job), measured.to_json())
     return _train(job, setup, turns, params, wire, emit)
 
 
@@ -181,16 +179,15 @@ def check_equal(what: str, values: dict[str, str], wire: Wire) -> None:
 def _profile(
     job: Job,
     setup: Setup,
-    staged: Any,
-    optimizer: Any,
+    staged: StagedLoss,
+    one: host.Overlapped,
     params: Any,
     wire: Wire,
     emit: Emit,
-    saved: Path,
 ) -> profile.Profile:
     """Measure, or read the profile that was given or that the interrupted run measured."""
     resumed = job.save_every and _store(job).latest() is not None
-    text = saved.read_text() if resumed else job.profile
+    text = _profile_file(job).read_text() if resumed else job.profile
     if text is not None:
         found = profile.Profile.from_json(text)
         names = tuple(layer.name for layer in setup.layers)
@@ -200,20 +197,25 @@ def _profile(
                 "this model, or plan with the model of the profile"
             )
         return found
-    link, points = profile.measure_link(
-        wire, on_round=lambda k: emit({"event": "profile", "link": k})
-    )
     compute = profile.measure_compute(
+        one,
         staged,
-        optimizer,
         params,
         setup.train.batch_at(0),
         wire,
         rounds=job.profile_rounds,
         on_round=lambda k: emit({"event": "profile", "compute": k}),
     )
+    sizes = [n // 4 for n in layer_bytes(params, setup.layers)]
+    link, points = profile.measure_link(
+        wire, min(sizes), sum(sizes), on_round=lambda k: emit({"event": "profile", "link": k})
+    )
     emit({"event": "link", "points": points, **link.to_dict()})
     return profile.make_profile(setup.layers, params, compute, link, wire.workers)
+
+
+def _profile_file(job: Job) -> Path:
+    return Path(job.out) / "profile.json"
 
 
 def _store(job: Job) -> RunStore:
@@ -270,32 +272,36 @@ def _take_turn(
 ) -> dict[str, Any]:
     """Run one block of one strategy; returns figures that are the same on every worker."""
     rows, spans = [], []
-    state = states[turn.name]
     names = [layer.name for layer in setup.layers]
     wire.gather(np.zeros(1, np.float32))
     sent = interface_bytes().tx_bytes
-    for i, state, info in iterate(  # noqa: B007 - the last state is kept
-        lambda state, item: turn.run.step(
-            state, item[1], due(turn.plan.phases, turn.strategy, item[0])
-        ),
-        state,
+
+    def step(state: State, item: tuple[int, Any]) -> tuple[State, host.HostInfo]:
+        i, batch = item
+        return turn.run.step(state, batch, due(turn.plan.phases, turn.strategy, i))
+
+    for i, after, info in iterate(
+        step,
+        states[turn.name],
         lambda i: (i, setup.train.batch_at(i)),
         start=steps.start,
         steps=steps.stop,
         guard=lambda i, info: check_finite(i, info.loss, info.update_norm, names),
     ):
+        states[turn.name] = after
         loss = float(info.loss)
         rows.append((loss, info.step_s, info.wait_s, info.comm_s))
         spans.append([tuple(span) for span in info.spans])
         emit({"event": "step", "strategy": turn.name, "step": i, "loss": loss})
     sent = interface_bytes().tx_bytes - sent
-    states[turn.name] = state
     everyone = wire.gather(np.array(rows, np.float32))  # [R, steps, 4]
     bytes_sent = wire.gather(np.array([sent], np.float32))
     counted = bool(bytes_sent.min() > 0)  # loopback is not counted: fall back to the model
     if not counted:
         bytes_sent = np.array([_modelled_bytes(turn, setup, steps, wire.workers)])
-    clock = np.cumsum(everyone[:, :, 1], axis=1).max(0)  # the slowest worker's clock after each step
+    clock = np.cumsum(everyone[:, :, 1], axis=1).max(
+        0
+    )  # the slowest worker's clock after each step
     return {
         "loss": everyone[:, :, 0].mean(0).tolist(),
         "clock_s": clock.tolist(),
@@ -314,7 +320,7 @@ def _modelled_bytes(turn: _Turn, setup: Setup, steps: range, workers: int) -> fl
 
 
 def _evaluate(setup: Setup, state: State, wire: Wire) -> dict[str, float]:
-    """Compute the held-out loss of the workers' mean and the mean of their own, in nats per token."""
+    """Compute the held-out loss of the workers' mean, and their own, in nats per token."""
     loss = jax.jit(setup.loss_fn)
 
     def held_out(params: Any) -> float:

@@ -58,9 +58,7 @@ class LiveView:
             self.status = f"profiling {what}"
         elif kind == "link":
             latency, rate = event["alpha_s"] * 1e3, 8e-6 / event["beta_s_per_unit"]
-            self._say(
-                f"link: {latency:.1f} ms + bytes / {rate:.0f} Mbit/s (r2 {event['r2']:.3f})"
-            )
+            self._say(f"link: {latency:.1f} ms + bytes / {rate:.0f} Mbit/s (r2 {event['r2']:.3f})")
         elif kind == "compile":
             self.status = f"compiling and warming up {event['strategy']}"
         elif kind == "resumed":
@@ -110,4 +108,3 @@ class LiveView:
             )
         table.caption = Text(f"{self.status} ({self._remaining()})")
         return table
-

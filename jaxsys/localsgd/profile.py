@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxsys.core.cost import LinearCost, PoorFitError, fit_linear
 from jaxsys.core.errors import UserError
 from jaxsys.core.graph import StagedLoss
 from jaxsys.core.tree import Layer
 from jaxsys.localsgd.codec import codec_bytes
+from jaxsys.localsgd.host import Overlapped
 from jaxsys.localsgd.plan import SyncPlan
+from jaxsys.localsgd.step import Due
 from jaxsys.localsgd.strategy import Strategy, make_plan
 from jaxsys.localsgd.wire import Wire
 
@@ -101,14 +102,14 @@ class Profile:
             return cls(**vectors, link=link, **found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"the profile cannot be read ({error}); expected the JSON object that a run wrote as "
-                "profile.json; pass that file"
+                f"the profile cannot be read ({error}); expected the JSON object that a run wrote "
+                "as profile.json; pass that file"
             ) from error
 
 
 def measure_compute(
+    run: Overlapped,
     staged: StagedLoss,
-    optimizer: optax.GradientTransformation,
     params: Any,
     batch: Any,
     wire: Wire,
@@ -117,11 +118,11 @@ def measure_compute(
     warmup: int = 2,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Time every layer's forward and backward and the optimiser step, on all workers at once.
+    """Time steps that send nothing, on all workers at once: the very programs that a run uses.
 
     Args:
+      run: a strategy's functions.
       staged: the loss, cut at its layers.
-      optimizer: the inner optimiser.
       params: this worker's parameters.
       batch: a batch of the size that will be used.
       wire: for a barrier before each round, and to compare workers.
@@ -133,53 +134,48 @@ def measure_compute(
       Seconds of each layer's forward, [L], backward, [L] (both nearest the loss first), and of the
       optimiser step, scaled so that their sum is the median over rounds of the slowest worker.
     """
-    update = jax.jit(optimizer.update)
-    apply = jax.jit(optax.apply_updates)
-    opt_state = optimizer.init(params)
-    treedef = jax.tree.structure(params)
+    state = run.init(params, jax.random.key(0))
     n = len(staged.stages)
-    rows = []
+    steps, forwards = [], []
     for k in range(warmup + rounds):
         on_round(k)
         wire.gather(np.zeros(1, np.float32))
+        state, info = run.step(state, batch, Due((), ()))
+        spans = [s.end_s - s.start_s for s in info.spans]
+        steps.append([*spans[: n + 1], sum(spans[n + 1 :])])  # forward, L backwards, the tail
         marks = [time.perf_counter()]
 
         def after(_: int, value: Any, marks: list[float] = marks) -> None:
             jax.block_until_ready(value)
             marks.append(time.perf_counter())
 
-        tape = staged.forward(params, batch, after_stage=after)
-        grads: dict[int, Any] = {}
-        queued = None
-        for _, done in staged.backward(tape):
-            if queued is not None:
-                after(0, queued)
-            grads.update(done)
-            queued = done
-        after(0, queued)
-        updates, opt_state = update(
-            jax.tree.unflatten(treedef, [grads[j] for j in range(len(grads))]), opt_state, params
-        )
-        after(0, apply(params, updates))
-        rows.append(np.diff(marks))
-    own = np.array(rows[warmup:], np.float32)
-    everyone = wire.gather(own)  # [R, rounds, 2L+1]
+        staged.forward(params, batch, after_stage=after)
+        forwards.append(np.diff(marks))
+    everyone = wire.gather(np.array(steps[warmup:], np.float32))  # [R, rounds, L + 2]
     shares = np.median(everyone, axis=(0, 1))
-    step_s = np.median(everyone.sum(-1).max(0))
-    times = shares * (step_s / shares.sum())
-    return times[:n][::-1], times[n : 2 * n], float(times[-1])
+    times = shares * (np.median(everyone.sum(-1).max(0)) / shares.sum())
+    forward = np.median(wire.gather(np.array(forwards[warmup:], np.float32)), axis=(0, 1))
+    forward_s = forward[::-1] * (times[0] / forward.sum())
+    return forward_s, times[1 : n + 1], float(times[-1])
 
 
 def measure_link(
-    wire: Wire, *, repeats: int = 4, on_round: Callable[[int], None] = lambda _: None
+    wire: Wire,
+    smallest: int,
+    largest: int,
+    *,
+    repeats: int = 3,
+    on_round: Callable[[int], None] = lambda _: None,
 ) -> tuple[LinearCost, list[tuple[float, float]]]:
     """Time exchanges of six sizes through the wire and fit seconds = α + β·bytes.
 
-    The largest size is doubled until an exchange takes 0.2 s (or holds 16 MiB), so that the line stands
-    well above the noise on any link; the smallest is a sixteenth of it.
+    The sizes span the messages of a run. On a fast link, where even the largest would drown in
+    noise, it is doubled until an exchange takes 0.1 s or holds 16 MiB.
 
     Args:
       wire: this process's wire.
+      smallest: parameters in the smallest message.
+      largest: parameters in the largest.
       repeats: exchanges of each size; one more, not counted, compiles.
       on_round: called with the number of each exchange, for progress.
 
@@ -190,6 +186,7 @@ def measure_link(
       PoorFitError: the times do not lie on a line.
     """
     count = 0
+    key_data = jax.random.key_data(jax.random.key(0))
 
     def exchange_s(elements: int) -> float:
         """Return the median over the workers of one exchange's seconds; the same on all."""
@@ -199,16 +196,16 @@ def measure_link(
         wire.gather(np.zeros(1, np.float32))
         group = (10**6 + elements,)  # no layer has this number, and sizes share no program
         message = wire.send(group, "f32", [jnp.ones(elements)], None, None, key_data, 0).result()
-        return float(np.median(wire.gather(np.float32([message.end_s - message.start_s]))))
+        return float(
+            np.median(wire.gather(np.array([message.end_s - message.start_s], np.float32)))
+        )
 
-    key_data = jax.random.key_data(jax.random.key(0))
-    largest = 2**17
     exchange_s(largest)
-    while exchange_s(largest) < 0.2 and largest < 2**22:
+    while largest < 2**22 and exchange_s(largest) < 0.1:
         largest *= 2
         exchange_s(largest)
-    sizes = np.geomspace(largest // 128, largest, 6).astype(int).tolist()
-    for elements in sizes:
+    sizes = np.geomspace(min(smallest, largest // 16), largest, 6).astype(int).tolist()
+    for elements in sizes[:-1]:
         exchange_s(elements)
     points: list[tuple[float, float]] = []
     for attempt in range(_ATTEMPTS):  # more points help where the machine is busy
@@ -234,7 +231,8 @@ def make_profile(
     """Put measured times together.
 
     >>> cost = LinearCost(0.01, 0.001, 1.0, 0.0, 3)
-    >>> make_profile([Layer("w", (0,))], [np.ones(3)], (np.ones(1), np.ones(1), 0.5), cost, 2).elements
+    >>> times = (np.ones(1), np.ones(1), 0.5)
+    >>> make_profile([Layer("w", (0,))], [np.ones(3)], times, cost, 2).elements
     (3,)
     """
     sizes = [int(x.size) for x in jax.tree.leaves(params)]

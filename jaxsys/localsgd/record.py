@@ -64,7 +64,7 @@ class Record:
             self.valid = event["valid"]
 
     def series(self, strategy: str) -> tuple[np.ndarray, np.ndarray]:
-        """Join a strategy's blocks: its own wall time and the workers' mean loss, after each step."""
+        """Join a strategy's blocks: its own wall time and the mean loss, after each step."""
         clock, losses, base = [], [], 0.0
         for _, block in sorted(self.blocks.get(strategy, {}).items()):
             times = np.asarray(block["clock_s"])
@@ -153,7 +153,8 @@ class Record:
                 "error": f"{r['step_s'] / r['predicted_s'] - 1:+.0%}",
                 "hidden": f"{r['hidden']:.0%}",
                 "planned": f"{r['hidden_planned']:.0%}",
-                "MB/step": f"{'' if r['sent_counted'] else '~'}{r['sent_bytes_per_step'] / 1e6:.2f}",
+                "MB/step": ("" if r["sent_counted"] else "~")
+                + f"{r['sent_bytes_per_step'] / 1e6:.2f}",
                 "loss@steps": f"{r['loss_equal_steps']:.3f}",
                 "loss@time": f"{r['loss_equal_time']:.3f}" if r["loss_equal_time"] else "",
             }

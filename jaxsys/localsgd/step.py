@@ -71,7 +71,12 @@ class Due(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """A pair of functions: ``init(params, key) -> State``, ``step(state, batch, due) -> (State, Info)``."""
+    """A pair of pure functions.
+
+    Attributes:
+      init: ``(params, key) -> State``.
+      step: ``(state, batch, due) -> (State, Info)``; ``due`` is static.
+    """
 
     init: Callable[[Any, jax.Array], State]
     step: Callable[[State, Any, Due], tuple[State, Info]]
@@ -177,7 +182,7 @@ def agree(
     if outer is None or anchor is None:
         return mean, outer_state
     updates, outer_state = outer.update(anchor - mean, outer_state, anchor)
-    return anchor + updates, outer_state
+    return optax.apply_updates(anchor, updates), outer_state  # pyright: ignore[reportReturnType]
 
 
 def blend(agreed: Any, params: Any, updates: Any, strategy: Strategy) -> Any:
@@ -353,7 +358,7 @@ def partial_local_sgd(
 
     def step(state: State, batch: Any, due: Due) -> tuple[State, Info]:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
-        leaves, treedef = jax.tree.flatten(state.params)
+        treedef = jax.tree.structure(state.params)
         grad_leaves = jax.tree.leaves(grads)
         groups = messages(strategy, due.send)
         if strategy.sends == "gradients":

@@ -1,4 +1,4 @@
-"""Start the workers of a job on this machine, over the links that were asked for, and follow them."""
+"""Start the workers of a job on this machine, over the links asked for, and follow them."""
 
 import dataclasses
 import json
@@ -57,7 +57,10 @@ class Links:
                 f"shaped networks cannot be had here ({found.reason}); expected user namespaces or "
                 f"privileges; {found.remedy}, or pass --link emulated"
             )
-        return "emulated", f"no shaped network ({found.reason}; {found.remedy}): the link is emulated"
+        return (
+            "emulated",
+            f"no shaped network ({found.reason}; {found.remedy}): the link is emulated",
+        )
 
 
 def run_workers(
@@ -105,7 +108,7 @@ def run_workers(
             with (out / "workers.log").open("a") as log:
                 log.write(f"[{worker}] {line}\n")
 
-    rates = links.bandwidth if len(links.bandwidth) > 1 else links.bandwidth[0]
+    rates = links.bandwidth[0] if len(links.bandwidth) == 1 else links.bandwidth
     start = {"event": "start", "link": kind, "bandwidth": list(links.bandwidth), "workers": workers}
     with ExitStack() as stack:
         place: dict[str, Any] = {}

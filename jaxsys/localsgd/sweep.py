@@ -1,4 +1,4 @@
-"""What a plan would cost elsewhere: other bandwidths, worker counts and periods, from one profile."""
+"""What a plan would cost elsewhere: other bandwidths, worker counts and periods."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -67,7 +67,7 @@ class Setup(NamedTuple):
 
 
 def set_up(task: Task, seed: int, process_id: int = 0, workers: int = 1) -> Setup:
-    """Read the text, build the model and find its layers; everything that can be wrong is checked here.
+    """Read the text, build the model and find its layers, checking everything on the way.
 
     >>> setup = set_up(Task(model="tiny", batch=2), 0)
     >>> len(setup.layers), setup.valid.shape[1]

@@ -42,9 +42,10 @@ class Wire:
         bytes on the wire, after it was really exchanged. None: the real link is all there is.
 
     >>> from jaxsys.core.mesh import replica_mesh, device_pair
-    >>> pair = device_pair()._replace(comm=jax.devices()[0], comm_mesh=replica_mesh(jax.devices()[:1]))
-    >>> wire = Wire(pair)
-    >>> wire.send((0,), "f32", [jnp.ones(2)], None, None, jnp.zeros(2, jnp.uint32), 0).result().mean.tolist()
+    >>> first = jax.devices()[:1]
+    >>> wire = Wire(device_pair()._replace(comm=first[0], comm_mesh=replica_mesh(first)))
+    >>> key = jnp.zeros(2, jnp.uint32)
+    >>> wire.send((0,), "f32", [jnp.ones(2)], None, None, key, 0).result().mean.tolist()
     [1.0, 1.0]
     >>> wire.close()
     """
@@ -101,7 +102,7 @@ class Wire:
         return self._lane.submit(carry)
 
     def run(self, program: Callable[[Any], Any], tree: Any) -> Any:
-        """Run any per-replica function of this worker's tree in its turn, and wait for the result."""
+        """Run any per-replica function of this worker's tree in its turn, and wait for it."""
         mapped = self._programs.get(program)
         if mapped is None:
             mapped = over_replicas(program, "shard_map", mesh=self.pair.comm_mesh)
@@ -130,9 +131,7 @@ class Wire:
                 key = message_key(key_data, step, group)
                 return exchange(vector, anchor, residual, key, codec=codec, axis_name=REPLICA)
 
-            self._programs[group, codec] = over_replicas(
-                run, "shard_map", mesh=self.pair.comm_mesh
-            )
+            self._programs[group, codec] = over_replicas(run, "shard_map", mesh=self.pair.comm_mesh)
         return self._programs[group, codec]
 
 

@@ -61,7 +61,7 @@ def test_cut_equals_grad(loss_fn):
     finished_at = {}
     for i, grads in staged.backward(tape):
         got.update(grads)
-        finished_at.update({j: i for j in grads})
+        finished_at.update(dict.fromkeys(grads, i))
     for j, leaf in enumerate(jax.tree.leaves(want)):
         np.testing.assert_allclose(got[j], leaf, rtol=2e-5, atol=2e-6 * np.abs(leaf).max())
     assert finished_at[names.index("embed")] == 0  # tied: complete only at the very end

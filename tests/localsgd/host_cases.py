@@ -1,4 +1,4 @@
-"""What test_host.py and its workers both run: a small model, its data and every kind of strategy."""
+"""What test_host.py and its workers both run: a small model, its data, every kind of strategy."""
 
 import dataclasses
 
@@ -12,7 +12,16 @@ STEPS = 6
 _P = presets(3)
 STRATEGIES: dict[str, Strategy] = {
     name: _P[name]
-    for name in ("ssgd", "wfbp", "local", "equal", "dreamddp", "dreamddp-eager", "diloco", "streaming")
+    for name in (
+        "ssgd",
+        "wfbp",
+        "local",
+        "equal",
+        "dreamddp",
+        "dreamddp-eager",
+        "diloco",
+        "streaming",
+    )
 } | {
     "local-int8": dataclasses.replace(_P["local"], codec="int8", error_feedback=True),
     "ssgd-f16": dataclasses.replace(_P["ssgd"], codec="f16"),

@@ -1,4 +1,4 @@
-"""Worker program of test_host.py: run every strategy with the host-scheduled step, save the results."""
+"""Worker program of test_host.py: run every strategy with the host-scheduled step."""
 
 import sys
 
@@ -15,7 +15,7 @@ from jaxsys.localsgd.step import due
 from jaxsys.localsgd.wire import Wire
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-import host_cases  # noqa: E402
+import host_cases
 
 
 def main(out: str) -> None:

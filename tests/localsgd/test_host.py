@@ -1,4 +1,4 @@
-"""The host-scheduled step in real processes equals the pure step under vmap, strategy by strategy."""
+"""The host-scheduled step in real processes equals the pure step under vmap."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from jaxsys.localsgd.layers import find_layers
 from jaxsys.localsgd.step import due, partial_local_sgd
 
 sys.path.insert(0, str(Path(__file__).parent))
-import host_cases  # noqa: E402
+import host_cases
 
 WORKERS = 2
 

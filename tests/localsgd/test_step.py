@@ -138,9 +138,7 @@ def test_ssgd_equals_one_big_batch():
 def test_divergence_after_a_synchronisation():
     """post leaves a synchronised layer equal everywhere; pre leaves it one local update apart."""
     gamma = over_replicas(lambda p: divergence(p, LAYERS), "vmap")
-    post, _, _ = _run(
-        Strategy(period=2, rule="post", launch="after"), PHASES, "vmap", steps=2
-    )
+    post, _, _ = _run(Strategy(period=2, rule="post", launch="after"), PHASES, "vmap", steps=2)
     pre, _, _ = _run(Strategy(period=2), PHASES, "vmap", steps=2)
     np.testing.assert_allclose(gamma(post.params)[0][1:], 0.0, atol=1e-7)
     assert float(gamma(post.params)[0][0]) > 1e-4
@@ -191,9 +189,7 @@ def test_delay_uses_the_value_that_was_sent():
 
 
 def test_moment_periods_average_only_what_they_name():
-    strategy = dataclasses.replace(
-        presets(4)["local"], moment_periods=(("*mu*", 1), ("*nu*", 100))
-    )
+    strategy = dataclasses.replace(presets(4)["local"], moment_periods=(("*mu*", 1), ("*nu*", 100)))
     phases = make_plan(strategy, [1.0] * 3, [2.0] * 3).phases
     state, _, _ = _run(strategy, phases, "vmap", steps=2, optimizer=optax.adam(1e-2))
     adam = state.opt_state[0]
@@ -215,9 +211,7 @@ def test_messages_survive_to_the_compiled_text(strategy, phase, expected):
     """One all-reduce a message: XLA's combiner must be told not to merge them."""
     params, batches = _start()
     algorithm = partial_local_sgd(loss_fn, optax.sgd(LR), LAYERS, strategy)
-    state = jax.tree.map(
-        lambda x: jnp.stack([x] * R), algorithm.init(params, jax.random.key(0))
-    )
+    state = jax.tree.map(lambda x: jnp.stack([x] * R), algorithm.init(params, jax.random.key(0)))
     step = over_replicas(
         lambda s, b: algorithm.step(s, b, Due(phase, phase)),
         "shard_map",
