@@ -97,6 +97,7 @@ def jaxsys_contenders(job: dict[str, Any]) -> dict[str, Block]:
     from jaxsys.core.cost import LinearCost, PoorFitError
     from jaxsys.core.mesh import device_pair
     from jaxsys.localsgd import host, profile
+    from jaxsys.localsgd.layers import layer_bytes
     from jaxsys.localsgd.step import Due, due
     from jaxsys.localsgd.strategy import choose
     from jaxsys.localsgd.task import Task, set_up
@@ -110,20 +111,25 @@ def jaxsys_contenders(job: dict[str, Any]) -> dict[str, Block]:
     batch = setup.train.batch_at(0)
     optimizer = optimizers.PRESETS[task.optimizer](lr=task.lr)
     staged = host.cut_loss(setup.loss_fn, params, batch, setup.layers)
+    presets = choose(["ssgd", "wfbp", "local", "dreamddp"], job["period"])
+
+    def build(name: str) -> host.Overlapped:
+        return host.overlapped_local_sgd(
+            setup.loss_fn, optimizer, setup.layers, presets[name], staged, wire
+        )
+
+    compute = profile.measure_compute(build("wfbp"), staged, params, batch, wire)
+    sizes = [n // 4 for n in layer_bytes(params, setup.layers)]
     try:
-        link, _ = profile.measure_link(wire)
+        link, _ = profile.measure_link(wire, min(sizes), sum(sizes))
     except PoorFitError:  # an unshaped loopback; all workers see the same points, so all do this
         link = LinearCost(0.0, 8e-9, 1.0, 0.0, 2)
-    compute = profile.measure_compute(staged, optimizer, params, batch, wire)
     measured = profile.make_profile(setup.layers, params, compute, link, wire.workers)
-    presets = choose(["ssgd", "wfbp", "local", "dreamddp"], job["period"])
 
     def block(name: str, sync: bool = True) -> Block:
         strategy = presets[name]
         phases = measured.plan(strategy).phases
-        run = host.overlapped_local_sgd(
-            setup.loss_fn, optimizer, setup.layers, strategy, staged, wire
-        )
+        run = build(name)
         state, step = run.init(params, jax.random.key(job["seed"])), 0
 
         def take(steps: int) -> list[float]:
