@@ -107,9 +107,9 @@ def main() -> None:
     """Run the experiment and write its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="two workers, a tiny model, one rate")
-    parser.add_argument("--rates", nargs="+", default=["40mbit", "85mbit", "200mbit"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rates", nargs="+", default=["55mbit", "110mbit", "220mbit"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--period", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()

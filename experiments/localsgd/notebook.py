@@ -34,7 +34,7 @@ from jaxsys.core.cost import LinearCost
 from jaxsys.core.mesh import DevicePair, replica_mesh
 from jaxsys.core.report import format_seconds, markdown_table
 from jaxsys.data import python_docs
-from jaxsys.localsgd.host import cut_loss
+from jaxsys.localsgd.host import cut_loss, overlapped_local_sgd
 from jaxsys.localsgd.layers import find_layers, layer_bytes
 from jaxsys.localsgd.plan import plan_sync
 from jaxsys.localsgd.profile import make_profile, measure_compute
@@ -180,9 +180,10 @@ for name in ("local", "dreamddp"):
 # %%
 device = jax.devices()[0]
 wire = Wire(DevicePair(device, device, replica_mesh([device])))
-compute = measure_compute(
-    cut_loss(loss_fn, params, batch_at(0)[0], layers), optimizer, params, batch_at(0)[0], wire
-)
+batch = batch_at(0)[0]
+staged = cut_loss(loss_fn, params, batch, layers)
+one = overlapped_local_sgd(loss_fn, optimizer, layers, strategies["dreamddp"], staged, wire)
+compute = measure_compute(one, staged, params, batch, wire)
 wire.close()
 forward_s, backward_s, tail_s = compute
 step_s = forward_s.sum() + backward_s.sum() + tail_s

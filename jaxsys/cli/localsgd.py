@@ -27,6 +27,8 @@ class RunConfig(Common):
       bandwidth: Rate of each worker's link, such as 100mbit, or one rate per worker.
       port: Port of the coordinator; a free one by default.
       profile: A profile.json to plan from, instead of measuring.
+      drive: Who overlaps communication with compute: host (programs scheduled from the host, for
+        CPU), program (one program a step, for accelerators), auto by the backend.
       task: What is trained.
     """
 
@@ -37,6 +39,7 @@ class RunConfig(Common):
     bandwidth: tuple[str, ...] = ("100mbit",)
     port: int | None = None
     profile: Path | None = None
+    drive: Literal["auto", "host", "program"] = "auto"
     task: Task = field(default_factory=Task)
 
 
@@ -115,6 +118,7 @@ def _request(config: RunConfig, out: str, **more: Any) -> Any:
             "out": str(config.out or out),
             "profile": None if config.profile is None else str(config.profile),
             "port": config.port,
+            "drive": config.drive,
         }
         | more
     )

@@ -49,6 +49,15 @@ class DevicePair(NamedTuple):
     comm_mesh: Mesh
 
 
+def on_cpu() -> bool:
+    """Tell whether the default backend is the CPU, where one program overlaps nothing.
+
+    >>> isinstance(on_cpu(), bool)
+    True
+    """
+    return jax.default_backend() == "cpu"
+
+
 def device_pair() -> DevicePair:
     """Choose this process's compute device and the mesh that carries collectives.
 
@@ -61,10 +70,10 @@ def device_pair() -> DevicePair:
     by_process: dict[int, list[Any]] = {}
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
-    split = jax.default_backend() == "cpu"
-    carriers = [ds[-1 if split else 0] for _, ds in sorted(by_process.items())]
+    carrier = -1 if on_cpu() else 0
+    carriers = [ds[carrier] for _, ds in sorted(by_process.items())]
     local = jax.local_devices()
-    return DevicePair(local[0], local[-1 if split else 0], replica_mesh(carriers))
+    return DevicePair(local[0], local[carrier], replica_mesh(carriers))
 
 
 def over_replicas(

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxsys.cluster import Membership, join, most_workers
 from jaxsys.core.checkpoint import RunStore
@@ -42,6 +42,7 @@ class Comparison:
       port: port of the coordinator; a free one by default.
       overrides: fields of `Strategy` that replace those of the presets, such as the codec.
       loggers: ``tensorboard`` and ``wandb`` besides ``metrics.jsonl``.
+      drive: who overlaps communication with compute, see `Job`.
     """
 
     workers: int = 4
@@ -58,6 +59,7 @@ class Comparison:
     port: int | None = None
     overrides: tuple[tuple[str, Any], ...] = ()
     loggers: tuple[str, ...] = ()
+    drive: Literal["auto", "host", "program"] = "auto"
 
     def job(self) -> Job:
         """Check everything that can be checked before a process is started, and make the job.
@@ -101,6 +103,7 @@ class Comparison:
             out=self.out,
             profile=profile,
             save_every=self.save_every,
+            drive=self.drive,
         )
 
 

@@ -105,6 +105,10 @@ def sweep_figure(rows: list[dict[str, Any]], path: str | Path, title: str) -> No
       rows: dicts with ``strategy``, ``bandwidth_bits_s`` and ``predicted_s``.
       path: where the PNG goes.
       title: what stands above.
+
+    >>> import tempfile
+    >>> row = {"strategy": "local", "bandwidth_bits_s": 1e8, "predicted_s": 0.5}
+    >>> sweep_figure([row], Path(tempfile.mkdtemp()) / "sweep.png", "4 workers")
     """
     fig, axes = figure(1, 1, width=6.4, height=4.0)
     axis = axes[0, 0]

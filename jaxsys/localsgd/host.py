@@ -20,15 +20,13 @@ from jaxsys.core import graph
 from jaxsys.core.mesh import REPLICA
 from jaxsys.core.timeline import Span
 from jaxsys.core.tree import Layer
+from jaxsys.localsgd.exchange import average_moments, messages, split
 from jaxsys.localsgd.step import (
     Due,
     LossFn,
     State,
     apply_due,
-    average_moments,
     init_state,
-    messages,
-    split,
     update_norms,
 )
 from jaxsys.localsgd.strategy import Strategy
@@ -65,11 +63,13 @@ class Overlapped(NamedTuple):
       step: ``(state, batch, due) -> (State, HostInfo)``.
       settle: ``state -> state`` with every message still under way put into ``in_flight``; call it
         before saving.
+      params: ``state ->`` this worker's parameters.
     """
 
     init: Callable[[Any, jax.Array], State]
     step: Callable[[State, Any, Due], tuple[State, HostInfo]]
     settle: Callable[[State], State]
+    params: Callable[[State], Any]
 
 
 class _Clock:
@@ -242,7 +242,7 @@ def overlapped_local_sgd(
             in_flight=tuple(means.get(i, v) for i, v in enumerate(state.in_flight))
         )
 
-    return Overlapped(init, step, settle)
+    return Overlapped(init, step, settle, lambda state: state.params)
 
 
 def cut_loss(loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]) -> graph.StagedLoss:

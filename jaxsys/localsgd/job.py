@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -20,13 +20,15 @@ from jaxsys.core import tree
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
 from jaxsys.core.graph import StagedLoss
-from jaxsys.core.mesh import REPLICA, device_pair
+from jaxsys.core.mesh import REPLICA, device_pair, on_cpu
 from jaxsys.core.report import atomic_write
 from jaxsys.localsgd import host, profile
 from jaxsys.localsgd.codec import codec_bytes
+from jaxsys.localsgd.exchange import divergence
+from jaxsys.localsgd.fused import fused_local_sgd
 from jaxsys.localsgd.layers import layer_bytes
 from jaxsys.localsgd.plan import SyncPlan
-from jaxsys.localsgd.step import State, divergence, due
+from jaxsys.localsgd.step import State, due
 from jaxsys.localsgd.strategy import Strategy
 from jaxsys.localsgd.task import Setup, Task, set_up
 from jaxsys.localsgd.wire import Wire
@@ -50,6 +52,8 @@ class Job:
       profile: JSON of a `jaxsys.localsgd.profile.Profile` to plan from; None measures one.
       profile_rounds: rounds of the compute profile.
       save_every: steps between checkpoints; 0 saves none.
+      drive: ``host`` schedules programs from the host, which overlaps on CPU; ``program`` compiles
+        each step into one, which overlaps on accelerators; ``auto`` chooses by the backend.
 
     >>> job = Job(Task(), {"ssgd": Strategy()}, 10, 0, "out")
     >>> Job.from_json(job.to_json()) == job
@@ -63,8 +67,9 @@ class Job:
     out: str
     hold_bits_s: float | None = None
     profile: str | None = None
-    profile_rounds: int = 8
+    profile_rounds: int = 12
     save_every: int = 0
+    drive: Literal["auto", "host", "program"] = "auto"
 
     def to_json(self) -> str:
         """Write the job for its workers."""
@@ -129,15 +134,19 @@ def run(job: Job, emit: Emit) -> dict[str, Any]:
     )
     staged = host.cut_loss(setup.loss_fn, params, setup.train.batch_at(0), setup.layers)
     optimizer = optimizers.PRESETS[job.task.optimizer](lr=job.task.lr)
-    runs = {
-        name: host.overlapped_local_sgd(
-            setup.loss_fn, optimizer, setup.layers, strategy, staged, wire
-        )
-        for name, strategy in job.strategies.items()
-    }
-    measured = _profile(job, setup, staged, next(iter(runs.values())), params, wire, emit)
+    parts = (setup.loss_fn, optimizer, setup.layers)
+    in_program = job.drive == "program" or (job.drive == "auto" and not on_cpu())
+    one = host.overlapped_local_sgd(*parts, Strategy(period=1), staged, wire)
+    measured = _profile(job, setup, staged, one, params, wire, emit)
     turns = [
-        _Turn(name, strategy, measured.plan(strategy), runs[name])
+        _Turn(
+            name,
+            strategy,
+            measured.plan(strategy),
+            fused_local_sgd(*parts, strategy, pair.comm_mesh)
+            if in_program
+            else host.overlapped_local_sgd(*parts, strategy, staged, wire),
+        )
         for name, strategy in job.strategies.items()
     ]
     check_equal("plan", {turn.name: turn.plan.to_json() for turn in turns}, wire)
@@ -232,7 +241,7 @@ def _train(
         _save(job, states, turns, 0)  # a run killed early finds its profile, and so its plan, again
     for turn in turns:  # compile everything first: a throw-away period of each
         emit({"event": "compile", "strategy": turn.name})
-        state = states[turn.name]
+        state = turn.run.init(params, key)
         for i in range(turn.strategy.period):
             state, _ = turn.run.step(
                 state, setup.train.batch_at(i), due(turn.plan.phases, turn.strategy, i)
@@ -248,7 +257,8 @@ def _train(
         shift = number % len(turns)  # whoever goes first changes from block to block
         for turn in [*turns[shift:], *turns[:shift]]:
             block = _take_turn(turn, setup, states, steps, wire, emit)
-            block["divergence"] = wire.run(gamma, states[turn.name].params).tolist()
+            own = turn.run.params(states[turn.name])
+            block["divergence"] = wire.run(gamma, own).tolist()
             emit({"event": "block", "strategy": turn.name, "first": first, **block})
         done = steps[-1] + 1
         due_now = job.save_every and (
@@ -257,7 +267,9 @@ def _train(
         if due_now:
             _save(job, states, turns, done)
             emit({"event": "saved", "step": done})
-    result = {turn.name: _evaluate(setup, states[turn.name], wire) for turn in turns}
+    result = {
+        turn.name: _evaluate(setup, turn.run.params(states[turn.name]), wire) for turn in turns
+    }
     emit({"event": "end", "seconds": time.time() - began, "valid": result})
     return result
 
@@ -319,15 +331,15 @@ def _modelled_bytes(turn: _Turn, setup: Setup, steps: range, workers: int) -> fl
     return float(sum(codec_bytes(sizes[i], turn.strategy.codec, workers) for i in messages))
 
 
-def _evaluate(setup: Setup, state: State, wire: Wire) -> dict[str, float]:
+def _evaluate(setup: Setup, params: Any, wire: Wire) -> dict[str, float]:
     """Compute the held-out loss of the workers' mean, and their own, in nats per token."""
     loss = jax.jit(setup.loss_fn)
 
     def held_out(params: Any) -> float:
         return float(np.mean([loss(params, row[None]) for row in setup.valid]))
 
-    mean = wire.run(_mean, state.params)
-    own = wire.gather(np.array([held_out(state.params)], np.float32))
+    mean = wire.run(_mean, params)
+    own = wire.gather(np.array([held_out(params)], np.float32))
     return {"mean_model": held_out(mean), "own_models": float(own.mean())}
 
 

@@ -187,6 +187,7 @@ def plan_sync(
     method: str = "dreamddp",
     launch: str = "gated",
     fill: bool = False,
+    fill_margin: int | float = 0.0,
 ) -> SyncPlan:
     """Choose in which iteration of a period each layer is synchronised.
 
@@ -213,6 +214,8 @@ def plan_sync(
         method: as above.
         launch: ``gated``, ``eager`` or ``after``, as in `plan_time.wait_s`.
         fill: add synchronisations that cost no wait (see `plan_time.fill_bubbles`).
+        fill_margin: share by which every communication is taken to be longer while filling, since a
+            bubble filled to the brim turns any jitter into waiting; 0 as in the paper.
 
     Returns:
         The plan with its prediction, from float64 arithmetic.
@@ -245,7 +248,8 @@ def plan_sync(
         if method == "best":
             phases = best_assignment(phases, period, release, end, comm_s)
     if fill:
-        phases = tuple(fill_bubbles(layers, release, end, comm_s) for layers in phases)
+        longer = comm_s * (1.0 + fill_margin)
+        phases = tuple(fill_bubbles(layers, release, end, longer) for layers in phases)
     return SyncPlan(
         method=method,
         launch=launch,

@@ -114,35 +114,39 @@ def measure_compute(
     batch: Any,
     wire: Wire,
     *,
-    rounds: int = 8,
-    warmup: int = 2,
+    rounds: int = 12,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Time steps that send nothing, on all workers at once: the very programs that a run uses.
+
+    Workers meet before every fourth step only, as they do in a period, so that what one loses to
+    its neighbours on a shared core it can make up.
 
     Args:
       run: a strategy's functions.
       staged: the loss, cut at its layers.
       params: this worker's parameters.
       batch: a batch of the size that will be used.
-      wire: for a barrier before each round, and to compare workers.
-      rounds: rounds that count; a layer's share is its median over them.
-      warmup: rounds that do not count.
+      wire: to meet and to compare workers.
+      rounds: steps that count, a multiple of 4; four more come first. A layer's share is its
+        median over them.
       on_round: called with the number of each round, for progress.
 
     Returns:
       Seconds of each layer's forward, [L], backward, [L] (both nearest the loss first), and of the
-      optimiser step, scaled so that their sum is the median over rounds of the slowest worker.
+      optimiser step, scaled so that a step takes the median of the slowest worker's fours.
     """
     state = run.init(params, jax.random.key(0))
     n = len(staged.stages)
     steps, forwards = [], []
-    for k in range(warmup + rounds):
+    for k in range(4 + rounds):
         on_round(k)
-        wire.gather(np.zeros(1, np.float32))
+        if k % 4 == 0:
+            wire.gather(np.zeros(1, np.float32))
         state, info = run.step(state, batch, Due((), ()))
         spans = [s.end_s - s.start_s for s in info.spans]
         steps.append([*spans[: n + 1], sum(spans[n + 1 :])])  # forward, L backwards, the tail
+    for _ in range(6):
         marks = [time.perf_counter()]
 
         def after(_: int, value: Any, marks: list[float] = marks) -> None:
@@ -151,10 +155,11 @@ def measure_compute(
 
         staged.forward(params, batch, after_stage=after)
         forwards.append(np.diff(marks))
-    everyone = wire.gather(np.array(steps[warmup:], np.float32))  # [R, rounds, L + 2]
+    everyone = wire.gather(np.array(steps[4:], np.float32))  # [R, rounds, L + 2]
     shares = np.median(everyone, axis=(0, 1))
-    times = shares * (np.median(everyone.sum(-1).max(0)) / shares.sum())
-    forward = np.median(wire.gather(np.array(forwards[warmup:], np.float32)), axis=(0, 1))
+    fours = everyone.sum(-1).reshape(len(everyone), -1, 4).mean(-1).max(0)
+    times = shares * (np.median(fours) / shares.sum())
+    forward = np.median(wire.gather(np.array(forwards[2:], np.float32)), axis=(0, 1))
     forward_s = forward[::-1] * (times[0] / forward.sum())
     return forward_s, times[1 : n + 1], float(times[-1])
 

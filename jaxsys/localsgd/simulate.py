@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxsys.core.errors import UserError
 from jaxsys.core.mesh import Driver, over_replicas, replica_mesh
 from jaxsys.core.tree import Layer
+from jaxsys.localsgd.exchange import divergence
 from jaxsys.localsgd.layers import find_layers
 from jaxsys.localsgd.plan import SyncPlan
 from jaxsys.localsgd.step import (
@@ -20,7 +21,6 @@ from jaxsys.localsgd.step import (
     Info,
     LossFn,
     State,
-    divergence,
     due,
     init_state,
     partial_local_sgd,

@@ -28,6 +28,8 @@ class Strategy:
         w' = mean_j(w_j - U_j(g_j)) (textbook). Only ``pre`` can overlap with the backward pass.
       period: H, the number of steps in which every layer is averaged once.
       fill: also send layers wherever the plan says that it adds no time (bubble filling).
+      fill_margin: share by which messages are taken to be longer while filling; 0 in the paper, a
+        quarter in the presets, because bubbles filled to the brim turn jitter into waiting.
       fragments: number of groups, for the schedule ``fragments``.
       codec: form of what is sent: ``f32``, ``f16``, ``int8`` or ``int4`` (stochastic rounding).
       error_feedback: add what the codec lost to the next message of the same layer.
@@ -49,6 +51,7 @@ class Strategy:
     rule: Rule = "pre"
     period: int = 5
     fill: bool = False
+    fill_margin: float = 0.0
     fragments: int = 4
     codec: Literal["f32", "f16", "int8", "int4"] = "f32"
     error_feedback: bool = False
@@ -107,9 +110,9 @@ def presets(period: int = 5) -> dict[str, Strategy]:
         "wfbp": every,
         "local": change(partial, schedule="full", rule="post", launch="after"),
         "equal": change(partial, schedule="equal"),
-        "dreamddp": change(partial, fill=True),
+        "dreamddp": change(partial, fill=True, fill_margin=0.25),
         "dreamddp-nofill": partial,
-        "dreamddp-eager": change(partial, launch="eager", fill=True),
+        "dreamddp-eager": change(partial, launch="eager"),
         "best": change(partial, schedule="best"),
         "diloco": change(partial, schedule="full", rule="post", launch="after", outer="nesterov"),
         "streaming": change(
@@ -180,6 +183,7 @@ def make_plan(
             method=strategy.schedule,
             launch=strategy.launch,
             fill=strategy.fill,
+            fill_margin=strategy.fill_margin,
         )
     if strategy.schedule == "fragments":
         phases = fragment_phases(n, strategy.fragments, strategy.period)

@@ -47,10 +47,10 @@ class Task:
     text: str | None = None
     tokens: str = "byte"
     vocab: int = 1024
-    batch: int = 4
+    batch: int = 8
     length: int | None = None
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    lr: float = 5e-4
     layers: tuple[str, ...] | None = None
     min_layer_bytes: int = 250_000
 

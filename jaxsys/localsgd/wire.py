@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsys.core.mesh import REPLICA, DevicePair, over_replicas, stack_local, take_local
 from jaxsys.localsgd.codec import codec_bytes
-from jaxsys.localsgd.step import exchange, message_key
+from jaxsys.localsgd.exchange import exchange, message_key
 
 
 class Message(NamedTuple):

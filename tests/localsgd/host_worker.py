@@ -8,8 +8,10 @@ import numpy as np
 import optax
 
 from jaxsys.cluster import join
+from jaxsys.core.errors import UserError
 from jaxsys.core.mesh import device_pair
 from jaxsys.localsgd import host
+from jaxsys.localsgd.job import check_equal
 from jaxsys.localsgd.layers import find_layers
 from jaxsys.localsgd.step import due
 from jaxsys.localsgd.wire import Wire
@@ -42,6 +44,10 @@ def main(out: str) -> None:
         state = run.settle(state)
         leaves = {f"{name}/{j}": np.asarray(x) for j, x in enumerate(jax.tree.leaves(state))}
         saved |= leaves | {f"{name}/losses": np.array(losses)}
+    try:
+        check_equal("parameters", {"same": "x", "w": str(member.process_id)}, wire)
+    except UserError as error:
+        saved["mismatch"] = np.array(str(error))
     np.savez(f"{out}/{member.process_id}.npz", **saved)
     wire.close()
 

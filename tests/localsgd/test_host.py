@@ -58,3 +58,8 @@ def test_processes_equal_vmap(measured, name):
             np.testing.assert_allclose(
                 got[f"{name}/{j}"], np.asarray(leaf[worker]), rtol=rtol, atol=rtol
             )
+
+
+def test_unequal_workers_are_named(measured):
+    for got in measured:
+        assert "worker 1 has other parameters than worker 0, first at 'w'" in str(got["mismatch"])

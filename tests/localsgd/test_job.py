@@ -160,6 +160,25 @@ def test_mistakes_are_found_before_anything_starts(tmp_path):
         assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_one_program_a_step_gives_the_losses_of_the_host_schedule(tmp_path):
+    names = ("wfbp", "dreamddp", "streaming")
+    by_host, _ = compare(_request(tmp_path / "host", tmp_path, strategies=names, drive="host"))
+    request = _request(tmp_path / "fused", tmp_path, strategies=names, drive="program")
+    fused, _ = compare(request)
+    for name in names:
+        np.testing.assert_allclose(fused.series(name)[1], by_host.series(name)[1], rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_layer(tmp_path):
+    task = dataclasses.replace(TASK, lr=1e38)
+    request = _request(
+        tmp_path / "out", tmp_path, strategies=("local",), task=task, steps=50, save_every=10
+    )
+    with pytest.raises(UserError, match=r"step \d+: .* is not finite"):
+        compare(request)
+    assert (tmp_path / "out" / "checkpoints" / "0").exists()  # the last good one is kept
+
+
 def test_job_survives_json():
     strategies = choose(["streaming", "wfbp"], 4)
     job = Job(TASK, strategies, 10, 3, "out", hold_bits_s=1e8)

@@ -9,10 +9,11 @@ import pytest
 from jaxsys.core.errors import UserError
 from jaxsys.core.mesh import over_replicas
 from jaxsys.core.tree import Layer
+from jaxsys.localsgd.exchange import divergence
 from jaxsys.localsgd.layers import find_layers
 from jaxsys.localsgd.plan import plan_sync
 from jaxsys.localsgd.simulate import mean_params, simulate
-from jaxsys.localsgd.step import divergence, due, partial_local_sgd
+from jaxsys.localsgd.step import due, partial_local_sgd
 from jaxsys.localsgd.strategy import Strategy, make_plan, presets
 
 R = 4

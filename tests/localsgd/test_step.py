@@ -10,8 +10,9 @@ import pytest
 
 from jaxsys.core.mesh import over_replicas, replica_mesh
 from jaxsys.core.tree import Layer
+from jaxsys.localsgd.exchange import divergence
 from jaxsys.localsgd.plan import plan_sync
-from jaxsys.localsgd.step import Due, divergence, due, partial_local_sgd
+from jaxsys.localsgd.step import Due, due, partial_local_sgd
 from jaxsys.localsgd.strategy import Strategy, make_plan, presets
 
 R, STEPS, LR = 4, 8, 0.1
