@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -74,6 +73,6 @@ def fused_local_sgd(
         step_s = time.perf_counter() - began
         loss, norms = take_local(info)
         spans = (Span("step", COMPUTE, 0.0, step_s),)
-        return state, HostInfo(np.asarray(loss), np.asarray(norms), step_s, 0.0, 0.0, spans)
+        return state, HostInfo(loss, norms, step_s, 0.0, 0.0, spans)
 
     return Overlapped(init, step, lambda state: state, lambda state: take_local(state.params))
