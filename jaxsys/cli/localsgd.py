@@ -34,9 +34,9 @@ class RunConfig(Common):
 
     workers: int = 4
     period: int = 5
-    steps: int = 40
+    steps: int = 25
     link: Link = "auto"
-    bandwidth: tuple[str, ...] = ("100mbit",)
+    bandwidth: tuple[str, ...] = ("60mbit",)
     port: int | None = None
     profile: Path | None = None
     drive: Literal["auto", "host", "program"] = "auto"

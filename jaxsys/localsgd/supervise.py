@@ -29,11 +29,11 @@ class Links:
       bandwidth: rate of each worker's link, such as ``100mbit``, or one rate per worker.
 
     >>> Links("none").slowest_bits_s
-    100000000.0
+    60000000.0
     """
 
     kind: Link = "auto"
-    bandwidth: tuple[str, ...] = ("100mbit",)
+    bandwidth: tuple[str, ...] = ("60mbit",)
 
     @property
     def slowest_bits_s(self) -> float:
