@@ -302,13 +302,13 @@ def learner_tables(found: dict[str, Curves], setting: Setting) -> str:
         )
     for name in (n for n in found if n not in ("local", "ssgd")):
         gap = found[name].held_out["loss"] - found["local"].held_out["loss"]
-        low, _ = bootstrap_ci(gap, statistic=np.mean)
+        low, high = bootstrap_ci(gap, statistic=np.mean)
         pairs.append(
             {
                 "paired over seeds": f"{name} minus local, held-out loss",
                 "difference": interval(gap, 3),
                 "relative to local": f"{gap.mean() / found['local'].held_out['loss'].mean():+.2%}",
-                "verdict": "WORSE than local" if low > 0 else "not worse than local",
+                "verdict": "worse" if low > 0 else "better" if high < 0 else "no difference found",
             }
         )
     return markdown_table(rows) + "\n" + markdown_table(pairs)
