@@ -39,8 +39,9 @@ time.sleep(300)
 """
 
 _LAUNCHER = """
-import sys
+import signal, sys
 from jaxsys.cluster import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 launch([sys.executable, "-c", sys.argv[1], sys.argv[2]], 3)
 """
 
