@@ -34,7 +34,7 @@ class RunConfig(Common):
 
     workers: int = 4
     period: int = 5
-    steps: int = 25
+    steps: int = 20
     link: Link = "auto"
     bandwidth: tuple[str, ...] = ("60mbit",)
     port: int | None = None

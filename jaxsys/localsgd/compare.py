@@ -48,7 +48,7 @@ class Comparison:
     workers: int = 4
     strategies: tuple[str, ...] = ("ssgd", "wfbp", "local", "dreamddp")
     period: int = 5
-    steps: int = 25
+    steps: int = 20
     links: Links = dataclasses.field(default_factory=Links)
     task: Task = dataclasses.field(default_factory=Task)
     seed: int = 0
