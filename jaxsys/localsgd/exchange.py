@@ -52,6 +52,15 @@ def split(vector: jax.Array, leaves: Sequence[Any], layers: Sequence[Layer]) -> 
     return out
 
 
+def gather(vectors: Sequence[jax.Array], group: Sequence[int]) -> jax.Array | None:
+    """Lay the flat vectors of a message's layers end to end; None where none are kept.
+
+    >>> gather([jnp.ones(1), jnp.zeros(2)], (1, 0)).tolist(), gather((), (0,))
+    ([0.0, 0.0, 1.0], None)
+    """
+    return jnp.concatenate([vectors[i] for i in group]) if vectors else None
+
+
 def exchange(
     message: jax.Array,
     anchor: jax.Array | None,

@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxsys.core import graph
 from jaxsys.core.mesh import REPLICA
 from jaxsys.core.timeline import Span
 from jaxsys.core.tree import Layer
-from jaxsys.localsgd.exchange import average_moments, messages, split
+from jaxsys.localsgd.exchange import average_moments, gather, messages, split
 from jaxsys.localsgd.step import (
     Due,
     LossFn,
@@ -108,8 +107,8 @@ class _Mailbox:
             group,
             self.strategy.codec,
             [leaves[j] for i in group for j in self.layers[i].leaves],
-            _joined(state.anchors, group),
-            _joined(state.residuals, group),
+            gather(state.anchors, group),
+            gather(state.residuals, group),
             state.key,
             state.step,
         )
@@ -161,6 +160,7 @@ def overlapped_local_sgd(
     Returns:
       The functions of the run; results equal those of `partial_local_sgd` up to rounding.
 
+    >>> import jax.numpy as jnp
     >>> from jaxsys.core.mesh import device_pair, replica_mesh
     >>> first = jax.devices()[:1]
     >>> one = device_pair()._replace(comm=first[0], comm_mesh=replica_mesh(first))
@@ -221,7 +221,7 @@ def overlapped_local_sgd(
         clock.mark("tail update")
         if not gradients:
             if strategy.launch == "after" and due.send:
-                box.post(due.send, jax.tree.leaves(local), state)
+                box.post(due.send, leaves if local is None else jax.tree.leaves(local), state)
             means, state = box.collect(due.apply, state, clock)
             clock.waited()
         if due.moments:
@@ -248,6 +248,7 @@ def overlapped_local_sgd(
 def cut_loss(loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]) -> graph.StagedLoss:
     """Cut a loss at its layers, one stage per layer in forward order.
 
+    >>> import jax.numpy as jnp
     >>> loss = lambda p, x: jnp.sum((p["w"] - x) ** 2)
     >>> len(cut_loss(loss, {"w": jnp.zeros(1)}, jnp.ones(1), [Layer("w", (0,))]).stages)
     1
@@ -300,7 +301,3 @@ def _moments(globs: tuple[str, ...]) -> Callable[[Any], Any]:
 def _fill(grads: list[Any], done: dict[int, Any]) -> None:
     for j, grad in done.items():
         grads[j] = grad
-
-
-def _joined(vectors: Sequence[jax.Array], group: tuple[int, ...]) -> jax.Array | None:
-    return jnp.concatenate([vectors[i] for i in group]) if vectors else None

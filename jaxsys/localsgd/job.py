@@ -311,9 +311,7 @@ def _take_turn(
     counted = bool(bytes_sent.min() > 0)  # loopback is not counted: fall back to the model
     if not counted:
         bytes_sent = np.array([_modelled_bytes(turn, setup, steps, wire.workers)])
-    clock = np.cumsum(everyone[:, :, 1], axis=1).max(
-        0
-    )  # the slowest worker's clock after each step
+    clock = np.cumsum(everyone[:, :, 1], axis=1).max(0)  # of the slowest worker
     return {
         "loss": everyone[:, :, 0].mean(0).tolist(),
         "clock_s": clock.tolist(),

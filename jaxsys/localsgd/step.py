@@ -18,6 +18,7 @@ from jaxsys.localsgd.exchange import (
     average_moments,
     blend,
     exchange,
+    gather,
     join,
     message_key,
     messages,
@@ -197,8 +198,8 @@ def partial_local_sgd(
                 vector, _ = jax.lax.optimization_barrier((vector, own_grads))
             mean, lost = exchange(
                 vector,
-                _gather(state.anchors, group),
-                _gather(state.residuals, group),
+                gather(state.anchors, group),
+                gather(state.residuals, group),
                 message_key(state.key, state.step, group),
                 codec=strategy.codec,
                 axis_name=axis_name,
@@ -284,10 +285,6 @@ def apply_due(
         outer=tuple(outer),
         in_flight=tuple(in_flight) if state.in_flight else (),
     )
-
-
-def _gather(vectors: Sequence[jax.Array], group: Sequence[int]) -> jax.Array | None:
-    return jnp.concatenate([vectors[i] for i in group]) if vectors else None
 
 
 def _scatter(

@@ -25,6 +25,7 @@ STRATEGIES: dict[str, Strategy] = {
 } | {
     "local-int8": dataclasses.replace(_P["local"], codec="int8", error_feedback=True),
     "ssgd-f16": dataclasses.replace(_P["ssgd"], codec="f16"),
+    "pre-after": dataclasses.replace(_P["equal"], launch="after"),
     "moments": dataclasses.replace(_P["equal"], moment_periods=(("*mu*", 2),)),
 }
 
