@@ -1,0 +1,23 @@
+"""Files of arrays: foreign checkpoints as memory maps, streamed writing, and states of runs."""
+
+from jaxsys.core.checkpoint.gguf import GgufFile, GgufTensor, GgufTensors, read_gguf
+from jaxsys.core.checkpoint.llama2c import Llama2cHeader, read_llama2c
+from jaxsys.core.checkpoint.runs import RunStore
+from jaxsys.core.checkpoint.safetensors import (
+    SafetensorsHeader,
+    read_header,
+    read_safetensors,
+)
+
+__all__ = [
+    "GgufFile",
+    "GgufTensor",
+    "GgufTensors",
+    "Llama2cHeader",
+    "RunStore",
+    "SafetensorsHeader",
+    "read_gguf",
+    "read_header",
+    "read_llama2c",
+    "read_safetensors",
+]
