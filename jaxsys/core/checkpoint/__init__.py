@@ -8,6 +8,7 @@ from jaxsys.core.checkpoint.safetensors import (
     read_header,
     read_safetensors,
 )
+from jaxsys.core.checkpoint.writer import write_safetensors
 
 __all__ = [
     "GgufFile",
@@ -20,4 +21,5 @@ __all__ = [
     "read_header",
     "read_llama2c",
     "read_safetensors",
+    "write_safetensors",
 ]

@@ -169,7 +169,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # A plain name only: an index must not lead out of its folder.
         plain = isinstance(file, str) and file.isprintable() and Path(file).name == file
-        if not plain:
+        if not plain or len(file.encode()) > 255:
             _refuse(path, f"its index puts {short(name)} into {short(str(file))}, no file name")
     return weight_map
 
