@@ -1,0 +1,54 @@
+"""Decoder language models as checkpoints: one forward function over the tensors' own names.
+
+>>> import jax
+>>> from jaxsys.models import lm
+>>> config = lm.config_from_hf({"model_type": "llama", "vocab_size": 97, "hidden_size": 32,
+...     "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48})
+>>> params = lm.init(jax.random.key(0), config)
+>>> lm.apply(params, config, jax.numpy.ones((1, 5), int)).logits.shape
+(1, 5, 97)
+"""
+
+from jaxsys.models.lm.cache import Cache, init_cache
+from jaxsys.models.lm.config import LMConfig, Rope
+from jaxsys.models.lm.decoder import (
+    Output,
+    apply,
+    block,
+    embed,
+    head,
+    layer,
+    layer_prefix,
+    loss,
+)
+from jaxsys.models.lm.families import FAMILIES, config_from_hf, config_to_hf
+from jaxsys.models.lm.init import init, shapes
+from jaxsys.models.lm.linear import linear
+from jaxsys.models.lm.load import load, load_config, save
+from jaxsys.models.lm.taps import Intervention, modules
+
+__all__ = [
+    "FAMILIES",
+    "Cache",
+    "Intervention",
+    "LMConfig",
+    "Output",
+    "Rope",
+    "apply",
+    "block",
+    "config_from_hf",
+    "config_to_hf",
+    "embed",
+    "head",
+    "init",
+    "init_cache",
+    "layer",
+    "layer_prefix",
+    "linear",
+    "load",
+    "load_config",
+    "loss",
+    "modules",
+    "save",
+    "shapes",
+]
