@@ -25,6 +25,7 @@ from jaxsys.models.lm.families import FAMILIES, config_from_hf, config_to_hf
 from jaxsys.models.lm.init import init, shapes
 from jaxsys.models.lm.linear import linear
 from jaxsys.models.lm.load import load, load_config, save
+from jaxsys.models.lm.names import find_model
 from jaxsys.models.lm.taps import Intervention, modules
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "embed",
+    "find_model",
     "head",
     "init",
     "init_cache",
