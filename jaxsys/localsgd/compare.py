@@ -20,7 +20,7 @@ from jaxsys.localsgd.record import Record
 from jaxsys.localsgd.strategy import choose
 from jaxsys.localsgd.supervise import Links, run_workers
 from jaxsys.localsgd.task import Task, set_up
-from jaxsys.train import logs
+from jaxsys.train import NonFiniteError, logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def compare(request: Comparison) -> tuple[Record, Job]:
     job = request.job()
     out = Path(request.out)
     if member.process_id != 0:
-        run(job, lambda _: None)
+        _run_member(job, lambda _: None)
         return Record(), job
     record = _earlier(request, out)
     writer = _writer(request, job, out)
@@ -182,7 +182,15 @@ def _run_joined(
         on_event(event)
 
     emit({"event": "start", "link": "joined", "bandwidth": [], "workers": member.num_processes})
-    run(job, emit)
+    _run_member(job, emit)
+
+
+def _run_member(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run the job in this process; what stops it is told as `run_workers` tells it."""
+    try:
+        run(job, emit)
+    except NonFiniteError as error:
+        raise UserError(str(error)) from error
 
 
 def _writer(request: Comparison, job: Job, out: Path) -> logs.Writer:

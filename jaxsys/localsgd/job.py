@@ -159,7 +159,8 @@ def run(job: Job, emit: Emit) -> dict[str, Any]:
     )
     if member.process_id == 0:
         atomic_write(_profile_file(job), measured.to_json())
-    return _train(job, setup, turns, params, wire, emit)
+    idle = None if in_program or len(turns) == 1 else one
+    return _train(job, setup, turns, params, wire, emit, measured, idle)
 
 
 def check_equal(what: str, values: dict[str, str], wire: Wire) -> None:
@@ -232,7 +233,14 @@ def _store(job: Job) -> RunStore:
 
 
 def _train(
-    job: Job, setup: Setup, turns: Sequence[_Turn], params: Any, wire: Wire, emit: Emit
+    job: Job,
+    setup: Setup,
+    turns: Sequence[_Turn],
+    params: Any,
+    wire: Wire,
+    emit: Emit,
+    measured: profile.Profile,
+    idle: host.Overlapped | None,
 ) -> dict[str, Any]:
     key = jax.random.key(job.seed)
     states = {turn.name: turn.run.init(params, key) for turn in turns}
@@ -248,6 +256,12 @@ def _train(
             )
         turn.run.settle(state)
 
+    weather: list[profile.Weather] = []
+    if idle is not None:
+        alone, _ = profile.measure_weather(
+            idle, idle.init(params, key), [setup.train.batch_at(0)], wire
+        )
+
     def gamma(tree: Any) -> jax.Array:
         return divergence(tree, setup.layers, REPLICA, sample=_GAMMA_SAMPLE)
 
@@ -260,6 +274,11 @@ def _train(
             own = turn.run.params(states[turn.name])
             block["divergence"] = wire.run(gamma, own).tolist()
             emit({"event": "block", "strategy": turn.name, "first": first, **block})
+        if idle is not None:
+            batches = map(setup.train.batch_at, steps)
+            alone, found = profile.measure_weather(idle, alone, batches, wire)
+            weather.append(found)
+            emit({"event": "weather", "first": first, **found._asdict()})
         done = steps[-1] + 1
         due_now = job.save_every and (
             done // job.save_every > first // job.save_every or done == job.steps
@@ -270,8 +289,19 @@ def _train(
     result = {
         turn.name: _evaluate(setup, turn.run.params(states[turn.name]), wire) for turn in turns
     }
-    emit({"event": "end", "seconds": time.time() - began, "valid": result})
+    again = _predict_again(measured, turns, weather)
+    emit({"event": "end", "seconds": time.time() - began, "valid": result, "again_s": again})
     return result
+
+
+def _predict_again(
+    measured: profile.Profile, turns: Sequence[_Turn], weather: Sequence[profile.Weather]
+) -> dict[str, float]:
+    """Predict each strategy's step, under its settled plan, from the times of the run itself."""
+    if not weather:
+        return {}
+    met = measured.rescaled(profile.Weather(*np.median(np.array(weather), axis=0).tolist()))
+    return {turn.name: met.plan(turn.strategy, turn.plan.phases).predicted_s for turn in turns}
 
 
 def _take_turn(

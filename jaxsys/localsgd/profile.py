@@ -7,8 +7,8 @@ counts, because every exchange waits for it.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,23 @@ from jaxsys.core.tree import Layer
 from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.host import Overlapped
 from jaxsys.localsgd.plan import SyncPlan
-from jaxsys.localsgd.step import Due
+from jaxsys.localsgd.step import Due, State
 from jaxsys.localsgd.strategy import Strategy, make_plan
 from jaxsys.localsgd.wire import Wire
 
 _ATTEMPTS = 4
+
+
+class Weather(NamedTuple):
+    """What a step that sends nothing, and an exchange of the whole model, take at one time.
+
+    Attributes:
+      compute_s: seconds of a step of the slowest worker.
+      exchange_s: seconds of the exchange, the median of the workers.
+    """
+
+    compute_s: float
+    exchange_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +72,10 @@ class Profile:
         """Predict the seconds of one exchange of that many parameters."""
         return float(self.link(codec_bytes(elements, codec, self.workers)))
 
-    def plan(self, strategy: Strategy) -> SyncPlan:
-        """Plan a strategy with these times."""
+    def plan(
+        self, strategy: Strategy, phases: tuple[tuple[int, ...], ...] | None = None
+    ) -> SyncPlan:
+        """Plan a strategy with these times, or predict the given phases with them."""
         return make_plan(
             strategy,
             self.backward_s,
@@ -69,6 +83,31 @@ class Profile:
             forward_s=sum(self.forward_s),
             tail_s=self.tail_s,
             merged_s=self.message_s(sum(self.elements), strategy.codec),
+            phases=phases,
+        )
+
+    def rescaled(self, weather: "Weather") -> "Profile":
+        """Scale all compute and all communication to what a run met on the way.
+
+        >>> link = LinearCost(0.0, 0.001, 1.0, 0.0, 3)
+        >>> p = Profile(("w",), (10,), (1.0,), (2.0,), 0.0, link, 2)
+        >>> p.rescaled(Weather(6.0, 2 * p.message_s(10))).plan(Strategy(period=1)).compute_s
+        6.0
+        """
+        compute_s = sum(self.forward_s) + sum(self.backward_s) + self.tail_s
+        slower = weather.compute_s / compute_s
+        whole_s = self.message_s(sum(self.elements))
+        link = weather.exchange_s / whole_s if whole_s else 1.0  # one worker alone sends nothing
+        return dataclasses.replace(
+            self,
+            forward_s=tuple(slower * s for s in self.forward_s),
+            backward_s=tuple(slower * s for s in self.backward_s),
+            tail_s=slower * self.tail_s,
+            link=dataclasses.replace(
+                self.link,
+                alpha_s=link * self.link.alpha_s,
+                beta_s_per_unit=link * self.link.beta_s_per_unit,
+            ),
         )
 
     def to_json(self) -> str:
@@ -175,7 +214,8 @@ def measure_link(
     """Time exchanges of six sizes through the wire and fit seconds = α + β·bytes.
 
     The sizes span the messages of a run. On a fast link, where even the largest would drown in
-    noise, it is doubled until an exchange takes 0.1 s or holds 16 MiB.
+    noise, it is doubled until an exchange takes 0.1 s or holds 16 MiB. The line goes through the
+    median of each size, since a stalled exchange says nothing about the link.
 
     Args:
       wire: this process's wire.
@@ -191,19 +231,12 @@ def measure_link(
       PoorFitError: the times do not lie on a line.
     """
     count = 0
-    key_data = jax.random.key_data(jax.random.key(0))
 
     def exchange_s(elements: int) -> float:
-        """Return the median over the workers of one exchange's seconds; the same on all."""
         nonlocal count
         on_round(count)
         count += 1
-        wire.gather(np.zeros(1, np.float32))
-        group = (10**6 + elements,)  # no layer has this number, and sizes share no program
-        message = wire.send(group, "f32", [jnp.ones(elements)], None, None, key_data, 0).result()
-        return float(
-            np.median(wire.gather(np.array([message.end_s - message.start_s], np.float32)))
-        )
+        return _exchange_s(wire, elements)
 
     exchange_s(largest)
     while largest < 2**22 and exchange_s(largest) < 0.1:
@@ -217,12 +250,49 @@ def measure_link(
         for elements in sizes:
             sent = float(codec_bytes(elements, "f32", wire.workers))
             points += [(sent, exchange_s(elements)) for _ in range(repeats)]
+        medians = {b: float(np.median([s for n, s in points if n == b])) for b, _ in points}
         try:
-            return fit_linear([b for b, _ in points], [s for _, s in points]), points
+            return fit_linear(list(medians), list(medians.values())), points
         except PoorFitError:
             if attempt == _ATTEMPTS - 1:
                 raise
     raise AssertionError
+
+
+def _exchange_s(wire: Wire, elements: int) -> float:
+    """Return the median over the workers of one exchange's seconds; the same on all."""
+    wire.gather(np.zeros(1, np.float32))
+    group = (10**6 + elements,)  # no layer has this number, and sizes share no program
+    key_data = jax.random.key_data(jax.random.key(0))
+    message = wire.send(group, "f32", [jnp.ones(elements)], None, None, key_data, 0).result()
+    return float(np.median(wire.gather(np.array([message.end_s - message.start_s], np.float32))))
+
+
+def measure_weather(
+    run: Overlapped, state: State, batches: Iterable[Any], wire: Wire
+) -> tuple[State, Weather]:
+    """Time a turn that sends nothing, then one exchange of the whole model.
+
+    A run takes this turn between those of its strategies, so that predictions can be held against
+    the machine as it was then, not as it was while the profile was measured.
+
+    Args:
+      run: a strategy's functions.
+      state: its state, trained on without any synchronisation.
+      batches: one per step.
+      wire: to meet and to compare workers.
+
+    Returns:
+      The new state and the times, equal on all workers.
+    """
+    wire.gather(np.zeros(1, np.float32))
+    steps = []
+    for batch in batches:
+        state, info = run.step(state, batch, Due((), ()))
+        steps.append(info.step_s)
+    compute_s = float(wire.gather(np.array([np.mean(steps)], np.float32)).max())
+    elements = sum(int(x.size) for x in jax.tree.leaves(state.params))
+    return state, Weather(compute_s, _exchange_s(wire, elements))
 
 
 def make_profile(

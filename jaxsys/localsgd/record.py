@@ -29,6 +29,7 @@ class Record:
         self.plans: dict[str, SyncPlan] = {}
         self.blocks: dict[str, dict[int, dict[str, Any]]] = {}
         self.valid: dict[str, dict[str, float]] = {}
+        self.again_s: dict[str, float] = {}
         self.link: dict[str, Any] = {}
         self.resumed: list[tuple[float, int]] = []
         self.steps: list[tuple[float, str, int]] = []
@@ -62,6 +63,7 @@ class Record:
             self.steps.append((event["at_s"], event["strategy"], event["step"]))
         elif kind == "end":
             self.valid = event["valid"]
+            self.again_s = event.get("again_s", {})
 
     def series(self, strategy: str) -> tuple[np.ndarray, np.ndarray]:
         """Join a strategy's blocks: its own wall time and the mean loss, after each step."""
@@ -121,6 +123,7 @@ class Record:
                     "low_s": low,
                     "high_s": high,
                     "predicted_s": plan.predicted_s,
+                    "predicted_again_s": self.again_s.get(name),
                     "hidden": max(0.0, 1.0 - waited / sent) if sent else 1.0,
                     "hidden_planned": plan.hidden_share,
                     "sent_bytes_per_step": sum(b["sent_bytes"] for b in blocks)
@@ -158,6 +161,9 @@ class Record:
                 "loss@steps": f"{r['loss_equal_steps']:.3f}",
                 "loss@time": f"{r['loss_equal_time']:.3f}" if r["loss_equal_time"] else "",
             }
+            if r["predicted_again_s"] is not None:
+                line["in-run"] = f"{r['predicted_again_s']:.3f}"
+                line["in-run error"] = f"{r['step_s'] / r['predicted_again_s'] - 1:+.0%}"
             if intervals:
                 line["s/step"] += f" [{r['low_s']:.3f}, {r['high_s']:.3f}]"
             for other in ("ssgd", "local"):

@@ -146,6 +146,12 @@ def choose(names: Sequence[str], period: int) -> dict[str, Strategy]:
     return {name: known[name] for name in names}
 
 
+def _fixed_phases(strategy: Strategy, n_layers: int) -> tuple[tuple[int, ...], ...]:
+    if strategy.schedule == "fragments":
+        return fragment_phases(n_layers, strategy.fragments, strategy.period)
+    return ((),) * (strategy.period - 1) + (tuple(range(n_layers)),)
+
+
 def make_plan(
     strategy: Strategy,
     backward_s: Sequence[float],
@@ -154,6 +160,7 @@ def make_plan(
     forward_s: float = 0.0,
     tail_s: float = 0.0,
     merged_s: float | None = None,
+    phases: tuple[tuple[int, ...], ...] | None = None,
 ) -> SyncPlan:
     """Spread the layers over the period as the strategy says, and predict the step time.
 
@@ -164,6 +171,8 @@ def make_plan(
       forward_s: seconds of the whole forward pass.
       tail_s: seconds of the optimiser step, behind which communication may still hide.
       merged_s: seconds of one message holding all layers, used where the strategy sends one.
+      phases: which layers each step of the period sends, where that is settled and only the times
+        are to be predicted.
 
     Returns:
       A `SyncPlan` with its own prediction.
@@ -173,7 +182,8 @@ def make_plan(
     ((0,), (1,))
     """
     n = len(backward_s)
-    if strategy.schedule in ("equal", "dreamddp", "dfs", "best"):
+    planned = strategy.schedule in ("equal", "dreamddp", "dfs", "best")
+    if planned and phases is None:
         return plan_sync(
             backward_s,
             comm_s,
@@ -185,11 +195,9 @@ def make_plan(
             fill=strategy.fill,
             fill_margin=strategy.fill_margin,
         )
-    if strategy.schedule == "fragments":
-        phases = fragment_phases(n, strategy.fragments, strategy.period)
-    else:
-        phases = ((),) * (strategy.period - 1) + (tuple(range(n)),)
-    if strategy.launch == "after" and merged_s is not None:
+    if phases is None:
+        phases = _fixed_phases(strategy, n)
+    if strategy.launch == "after" and merged_s is not None and not planned:
         comm_s = [merged_s, *[0.0] * (n - 1)]
     compute_s = forward_s + sum(backward_s) + tail_s
     times = {"launch": strategy.launch, "forward_s": forward_s, "tail_s": tail_s}

@@ -131,9 +131,9 @@ def test_restarts_start_all_again():
 def test_pinned_workers_run_on_one_core_each():
     cores = sorted(os.sched_getaffinity(0))
     seen: dict[int, str] = {}
-    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    code = "import os; print(sorted(os.sched_getaffinity(0)), os.environ['NPROC'])"
     launch(_python(code), 3, pin=True, on_line=lambda i, line: seen.update({i: line}))
-    assert seen == {i: str([cores[i % len(cores)]]) for i in range(3)}
+    assert seen == {i: f"[{cores[i % len(cores)]}] 3" for i in range(3)}
 
 
 def test_an_error_while_printing_ends_the_workers():
