@@ -2,15 +2,19 @@
 
 from jaxsys.data.stream import TokenStream, train_valid_split
 from jaxsys.data.text import python_docs, read_text
+from jaxsys.data.tokenizer import LMTokenizer, load_tokenizer, save_tokenizer
 from jaxsys.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
 
 __all__ = [
     "BpeTokenizer",
     "ByteTokenizer",
+    "LMTokenizer",
     "TokenStream",
     "Tokenizer",
+    "load_tokenizer",
     "python_docs",
     "read_text",
+    "save_tokenizer",
     "train_bpe",
     "train_valid_split",
 ]
