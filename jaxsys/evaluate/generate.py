@@ -26,7 +26,7 @@ class Piece(NamedTuple):
       row: of the prompt.
       text: what is newly certain; may be empty.
       tokens: ids generated for this row so far.
-      tokens_per_s: of all rows together, since the first token; nan before a second one.
+      tokens_per_s: of all rows together, from the third token on (see `Generated`); nan before.
 
     >>> Piece(0, " Paris", 1, float("nan")).text
     ' Paris'
@@ -46,8 +46,9 @@ class Generated(NamedTuple):
       texts: of each row, without stop string; empty without a tokenizer.
       ended: why each row ended: an end token, a stop string, or the length asked for.
       first_s: seconds until the first token of all rows was there, compiling included.
-      decode_s: seconds from there to the end.
-      tokens_per_s: decode steps times rows, by `decode_s`; nan if there was no step.
+      decode_s: seconds from the end of the first call of the decode program, which may have had to
+        be compiled, to the end.
+      tokens_per_s: decode steps in that time times rows, by `decode_s`; nan if there was none.
 
     >>> Generated(([5],), (" Paris",), ("end",), 0.1, 0.0, float("nan")).texts
     (' Paris',)
@@ -124,7 +125,6 @@ def generate(
     begin_s = time.perf_counter()
     state, tokens = _begin(model, rows, max_tokens + steps_per_call, sampling, keys)
     waiting = np.asarray(tokens)  # waits for the prompt to be read
-    book.begin()
     first_s = time.perf_counter() - begin_s
     steps = 1
     while True:
@@ -165,14 +165,14 @@ class _Book:
     def done(self) -> bool:
         return all(self._ended)
 
-    def begin(self) -> None:
-        self._begin_s = self._now_s = time.perf_counter()
-
     def take(self, tokens: np.ndarray) -> None:
         """Take `[B, steps]` new tokens."""
         self._now_s = time.perf_counter()
-        self._steps += tokens.shape[1] if self._calls else 0
         self._calls += 1
+        if self._calls <= 2:  # the prompt's call, and a first one that may have been compiled
+            self._begin_s = self._now_s
+        else:
+            self._steps += tokens.shape[1]
         for row, ended in enumerate(self._ended):
             if ended is None:
                 self._take_row(row, tokens[row].tolist())

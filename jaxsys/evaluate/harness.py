@@ -43,7 +43,7 @@ def harness_model(
     >>> harness_model(model, tokenizer)  # doctest: +SKIP
     """
     try:
-        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "the tasks of lm-eval need the package lm-eval, which is missing; run "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxsys.core.report import atomic_write, markdown_table, to_json, write_jsonl
 from jaxsys.evaluate.choice import Choices, multiple_choice
-from jaxsys.evaluate.exact import exact_match
+from jaxsys.evaluate.exact import Prompt, exact_match
 from jaxsys.evaluate.perplexity import perplexity
 from jaxsys.evaluate.protocol import Model
 from jaxsys.evaluate.tasks import Task
@@ -112,10 +112,11 @@ def run_task(
             {**j._asdict(), "answer": q.answer} for j, q in zip(judged, questions, strict=True)
         ]
     else:
+        prompts = [q for q in task.questions if isinstance(q, Prompt)]
         metric, written = exact_match(
             model,
             tokenizer,
-            task.questions,  # type: ignore[arg-type]
+            prompts,
             max_tokens=task.max_tokens,
             stop=task.stop,
             task=task.name,
@@ -124,8 +125,7 @@ def run_task(
         )
         table = [metric.row()]
         answers = [
-            {"written": text, "answer": q.answer}  # type: ignore[union-attr]
-            for text, q in zip(written, task.questions, strict=True)
+            {"written": text, "answer": p.answer} for text, p in zip(written, prompts, strict=True)
         ]
     return Report(task.name, protocol, tuple(table), tuple(answers), time.perf_counter() - begin_s)
 

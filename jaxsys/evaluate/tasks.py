@@ -33,7 +33,7 @@ class Task(NamedTuple):
     """
 
     name: str
-    questions: tuple[Choices, ...] | tuple[Prompt, ...] | tuple[str, ...]
+    questions: tuple[Choices | Prompt | str, ...]
     protocol: str
     max_tokens: int = 32
     stop: tuple[str, ...] = ()

@@ -130,7 +130,8 @@ def test_stream_gives_the_text_in_pieces(counting):
     counts = [p.tokens for p in pieces if p.row == 1]
     assert counts == list(range(1, 21))
     assert np.isnan(pieces[0].tokens_per_s)
-    assert found.tokens_per_s > 0
+    assert pieces[-1].tokens_per_s == found.tokens_per_s
+    assert found.tokens_per_s == pytest.approx(18 * 2 / found.decode_s)
     assert found.texts[0] == "bcdef"
 
 
