@@ -52,14 +52,16 @@ class LMTokenizer:
     def encode(self, text: str) -> Int32[np.ndarray, "N"]:
         """Turn text into token ids, with those that the checkpoint puts around every text.
 
-        Names of special tokens within the text become these tokens.
+        Names of special tokens within the text become these tokens. A vocabulary may lack a byte,
+        as SmolLM2's lacks some that begin rare characters: such a byte is left out, as llama.cpp
+        and the checkpoint's own tokenizer do.
 
         Raises:
           UserError: for text with half a surrogate pair, which no encoding has.
         """
         try:
             ids = self.tokenizer.encode(text).ids
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):
             raise UserError(
                 "the text holds half of a surrogate pair, which cannot be encoded; read the text "
                 "with the encoding that it was written in"
