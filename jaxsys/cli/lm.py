@@ -125,8 +125,7 @@ def run_convert(config: ConvertConfig) -> dict[str, Any]:
 
     path = lm.find_model(config.model)
     tokenizer = load_tokenizer(path)
-    params, shape = lm.load(path)
-    files = lm.save(config.out, params, shape, dtype=_dtype(config.dtype))
+    files = lm.convert(path, config.out, dtype=_dtype(config.dtype))
     files += save_tokenizer(config.out, tokenizer)
     if not config.json:
         for file in files:

@@ -67,6 +67,11 @@ class GgufTensor(NamedTuple):
     start: int
     size_bytes: int
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Give the dtype of the array that it becomes: float32 for every block format."""
+        return _PLAIN.get(self.kind, np.dtype(np.float32))
+
 
 class GgufTensors(Mapping[str, np.ndarray]):
     """Map names to arrays that are made when asked for, and not kept.

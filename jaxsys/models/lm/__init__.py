@@ -11,6 +11,7 @@
 
 from jaxsys.models.lm.cache import Cache, init_cache
 from jaxsys.models.lm.config import LMConfig, Rope
+from jaxsys.models.lm.convert import convert
 from jaxsys.models.lm.decoder import (
     Output,
     apply,
@@ -24,7 +25,7 @@ from jaxsys.models.lm.decoder import (
 from jaxsys.models.lm.families import FAMILIES, config_from_hf, config_to_hf
 from jaxsys.models.lm.init import init, shapes
 from jaxsys.models.lm.linear import linear
-from jaxsys.models.lm.load import load, load_config, save
+from jaxsys.models.lm.load import load, load_config, open_tensors, save, write_folder
 from jaxsys.models.lm.names import find_model
 from jaxsys.models.lm.taps import Intervention, modules
 
@@ -39,6 +40,7 @@ __all__ = [
     "block",
     "config_from_hf",
     "config_to_hf",
+    "convert",
     "embed",
     "find_model",
     "head",
@@ -51,6 +53,8 @@ __all__ = [
     "load_config",
     "loss",
     "modules",
+    "open_tensors",
     "save",
     "shapes",
+    "write_folder",
 ]

@@ -61,6 +61,7 @@ class HfTensors(Mapping[str, np.ndarray]):
 
     Attributes:
         shapes: of all tensors by name, without their data.
+        dtypes: of all tensors as they are given.
 
     >>> from jaxsys.core.checkpoint import GgufTensor, GgufTensors
     >>> info = {"output_norm.weight": GgufTensor("F32", (4,), 0, 16)}
@@ -73,6 +74,7 @@ class HfTensors(Mapping[str, np.ndarray]):
         self._file, self._config = file, config
         self._names = {hf_name(name): name for name in file.tensors}
         self.shapes = {new: file.tensors.info[old].shape for new, old in self._names.items()}
+        self.dtypes = {new: file.tensors.info[old].dtype for new, old in self._names.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return halves(name, self._file.tensors[self._names[name]], self._config)

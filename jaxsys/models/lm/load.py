@@ -1,7 +1,7 @@
 """Models on disk: Hugging Face folders, GGUF and llama2.c files."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.core import report
 from jaxsys.core.checkpoint import read_llama2c, read_safetensors, write_safetensors
 from jaxsys.core.errors import UserError
 from jaxsys.core.tree import flatten, unflatten
@@ -53,6 +54,28 @@ def load(path: str | Path, *, dtype: Any = None) -> tuple[dict[str, Any], LMConf
     >>> load(folder)[1] == config
     True
     """
+    config, tensors = open_tensors(path)
+    return unflatten({name: _to_device(tensors[name], dtype) for name in shapes(config)}), config
+
+
+def open_tensors(path: str | Path) -> tuple[LMConfig, Mapping[str, np.ndarray]]:
+    """Open a model in any form that `load` takes and check it, reading no tensor.
+
+    Args:
+        path: as for `load`.
+
+    Returns:
+        The configuration, and the tensors by Hugging Face name: memory maps, or, from a GGUF file,
+        arrays that are made when asked for.
+
+    Raises:
+        UserError: as `load`.
+
+    >>> open_tensors("nowhere.onnx")
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: nowhere.onnx is no model; ...
+    """
     path = Path(path)
     if path.is_dir():
         config = config_from_hf(read_config(path / "config.json"))
@@ -69,7 +92,7 @@ def load(path: str | Path, *, dtype: Any = None) -> tuple[dict[str, Any], LMConf
         )
     found = tensors.shapes if isinstance(tensors, HfTensors) else _shapes(tensors)
     check(config, found, str(path))
-    return unflatten({name: _to_device(tensors[name], dtype) for name in shapes(config)}), config
+    return config, tensors
 
 
 def load_config(path: str | Path) -> LMConfig:
@@ -234,19 +257,45 @@ def save(
     >>> [file.name for file in save(tempfile.mkdtemp(), params, config)]
     ['config.json', 'model.safetensors']
     """
-    path, flat = Path(path), flatten(params)
+    flat = flatten(params)
     named = {
         name: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype) for name, leaf in flat.items()
     }
     check(config, {name: leaf.shape for name, leaf in flat.items()}, "this tree of parameters")
-    path.mkdir(parents=True, exist_ok=True)
 
     def produce(name: str) -> Any:
         return jnp.asarray(flat[name], named[name].dtype)
 
+    return write_folder(path, config, named, produce, shard_bytes)
+
+
+def write_folder(
+    path: str | Path,
+    config: LMConfig,
+    named: Mapping[str, jax.ShapeDtypeStruct],
+    produce: Callable[[str], Any],
+    shard_bytes: int = 5 << 30,
+) -> list[Path]:
+    """Write a model's folder one tensor at a time; see `core.checkpoint.write_safetensors`.
+
+    Args:
+        path: the folder; it is made where it is absent.
+        config: the model.
+        named: shape and dtype of every tensor.
+        produce: gives the tensor of a name.
+        shard_bytes: largest file.
+
+    Returns:
+        ``config.json`` and the safetensors files.
+
+    >>> import tempfile
+    >>> config = LMConfig("llama", 9, 4, 1, 1, 1, 4, 4, 8)
+    >>> zeros = lambda name: np.zeros(shapes(config)[name].shape, np.float32)
+    >>> len(write_folder(tempfile.mkdtemp(), config, shapes(config), zeros))
+    2
+    """
     files = write_safetensors(path, named, produce, shard_bytes=shard_bytes)
     names = {str(leaf.dtype) for leaf in named.values()}
     hf = config_to_hf(config) | {"dtype": names.pop() if len(names) == 1 else None}
-    temporary = path / "config.json.tmp"
-    temporary.write_text(json.dumps(hf, indent=2) + "\n")
-    return [temporary.replace(path / "config.json"), *files]
+    report.atomic_write(Path(path) / "config.json", json.dumps(hf, indent=2) + "\n")
+    return [Path(path) / "config.json", *files]
