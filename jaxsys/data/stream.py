@@ -84,9 +84,7 @@ class TokenStream:
           step: from 0.
         """
         start = (step * self.num_processes + self.process_id) * self.batch
-        epochs, places = np.divmod(np.arange(start, start + self.batch), self.windows)
-        orders = {int(e): _order(self.windows, self.seed, int(e)) for e in np.unique(epochs)}
-        return np.array([orders[int(e)][p] for e, p in zip(epochs, places, strict=True)])
+        return shuffled(self.windows, start, self.batch, self.seed)
 
     def batch_at(self, step: int) -> Int32[np.ndarray, "{self.batch} {self.length+1}"]:
         """Read the batch of a step.
@@ -99,6 +97,23 @@ class TokenStream:
         """
         starts = self.indices_at(step)[:, None] * self.length
         return self.tokens[starts + np.arange(self.length + 1)].astype(np.int32)
+
+
+def shuffled(n: int, start: int, count: int, seed: int) -> Integer[np.ndarray, "{count}"]:
+    """Read a part of the endless sequence of 0 to n - 1, each epoch in an order of its own.
+
+    Args:
+      n: how many things there are.
+      start: place in the sequence, from 0.
+      count: how many to read.
+      seed: of the orders.
+
+    >>> sorted(shuffled(5, 10, 5, seed=0).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    epochs, places = np.divmod(np.arange(start, start + count), n)
+    orders = {int(e): _order(n, seed, int(e)) for e in np.unique(epochs)}
+    return np.array([orders[int(e)][p] for e, p in zip(epochs, places, strict=True)])
 
 
 def train_valid_split(

@@ -270,8 +270,9 @@ def _special(
     number = model.get(f"{kind}_token_id")
     if isinstance(number, list) and number:
         number = number[0]
-    known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
-    return number if known and tokenizer.id_to_token(number) is not None else None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+        return None
+    return number if tokenizer.id_to_token(number) is not None else None
 
 
 def _template(path: Path, settings: Mapping[str, Any]) -> str | None:

@@ -124,7 +124,7 @@ def _generate_until(
     texts = [""] * len(requests)
     for members in groups.values():
         options = requests[members[0]][1]
-        encoded = {i: list(tokenizer.encode(requests[i][0])) for i in members}
+        encoded = {i: [int(t) for t in tokenizer.encode(requests[i][0])] for i in members}
         members = sorted(members, key=lambda i: -len(encoded[i]))
         for start in range(0, len(members), rows):
             part = members[start : start + rows]

@@ -62,10 +62,10 @@ def test_cached_and_recomputed_sampling_agree(llama, params):
     )
 
 
-def test_a_seed_is_a_text_whatever_stands_beside_it(llama):
+def test_a_seed_is_a_text_whatever_stands_beside_it(toy):
     def run(prompts, seed, **more):
         options = {"max_tokens": 10, "sampling": LAWS, "key": jax.random.key(seed)} | more
-        return generate(llama, prompts, **options).tokens
+        return generate(toy, prompts, **options).tokens
 
     first = run(PROMPTS, 1)
     assert first == run(PROMPTS, 1) == run(PROMPTS, 1, steps_per_call=4)

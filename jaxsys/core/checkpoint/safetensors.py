@@ -245,8 +245,7 @@ def _check(path: Path, name: str, info: Any, origin: int) -> _Span:
         _refuse(path, f"{short(name)} has dtype {short(str(kind))}, not one of {known}")
     if not (isinstance(shape, list) and len(shape) <= _MOST_DIMS and all(map(_is_size, shape))):
         _refuse(path, f"{short(name)} has the shape {short(str(shape))}")
-    pair = isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))
-    if not pair:
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
         _refuse(path, f"{short(name)} has the data_offsets {short(str(offsets))}")
     # Zeros do not excuse the other sizes: NumPy cannot hold such a shape either.
     if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 2**63:

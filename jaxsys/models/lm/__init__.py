@@ -27,6 +27,7 @@ from jaxsys.models.lm.init import init, shapes
 from jaxsys.models.lm.linear import linear
 from jaxsys.models.lm.load import load, load_config, open_tensors, save, write_folder
 from jaxsys.models.lm.names import find_model
+from jaxsys.models.lm.sharding import shard, shard_batch
 from jaxsys.models.lm.taps import Intervention, modules
 
 __all__ = [
@@ -56,5 +57,7 @@ __all__ = [
     "open_tensors",
     "save",
     "shapes",
+    "shard",
+    "shard_batch",
     "write_folder",
 ]

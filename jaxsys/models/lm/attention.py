@@ -107,7 +107,8 @@ def attention(
     x = probe(f"{layout.attention}:in", x)
     q, k, v = _project(params, config, layout, x, probe)
     if config.rope is not None:
-        assert where.cos is not None and where.sin is not None
+        assert where.cos is not None
+        assert where.sin is not None
         q = turn(config.rope, q, where.cos, where.sin)
         k = turn(config.rope, k, where.cos, where.sin)
     if store is None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from jaxsys.core.errors import UserError
 
+MOST_EXPERTS = 4096
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -126,17 +128,8 @@ class LMConfig:
     pad_id: int | None = None
 
     def __post_init__(self):
-        sizes = [
-            "vocab_size",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "ffn_width",
-            "max_positions",
-        ]
-        for name in sizes:
+        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width")
+        for name in (*sizes, "max_positions"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise UserError(
@@ -145,15 +138,31 @@ class LMConfig:
                 )
         if self.rope and not self.rope.width:
             object.__setattr__(self, "rope", replace(self.rope, width=self.head_width))
+        self._check_heads()
+        if self.experts and not 1 <= self.experts_per_token <= self.experts <= MOST_EXPERTS:
+            raise UserError(
+                f"each token visits {self.experts_per_token} of {self.experts} experts; expected "
+                f"from 1 to all of them, {MOST_EXPERTS} at most; correct the configuration"
+            )
+
+    def _check_heads(self) -> None:
+        rope = self.rope
+        if rope and (rope.width % 2 or not 0 < rope.width <= self.head_width):
+            raise UserError(
+                f"rotary positions turn {rope.width} of a head's {self.head_width} numbers; "
+                "expected an even number of them; correct the configuration"
+            )
+        if rope and not (
+            rope.theta > 0 < rope.factor and rope.high_freq_factor > rope.low_freq_factor
+        ):
+            raise UserError(
+                f"rotary positions are {rope}; expected a positive base and factor, and a high "
+                "frequency factor above the low one; correct the configuration"
+            )
         if self.heads % self.kv_heads:
             raise UserError(
                 f"{self.heads} query heads and {self.kv_heads} key/value heads; expected the "
                 "second to divide the first; correct the configuration"
-            )
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise UserError(
-                f"each token visits {self.experts_per_token} of {self.experts} experts; expected "
-                "from 1 to all of them; correct the configuration"
             )
 
     @property

@@ -82,9 +82,10 @@ def block_linears(layout: Layout, config: LMConfig, i: int) -> dict[str, tuple[i
     if not config.is_sparse(i):
         return linears | _ffn(layout.gate, layout.up, layout.down, d, config.ffn_width, config)
     linears[f"{layout.moe}.gate"] = (config.experts, d, False)
+    gate, up, down = expert_roles(layout)
     for e in range(config.experts):
-        names = (f"{layout.moe}.experts.{e}.{role}" for role in expert_roles(layout))
-        linears |= _ffn(*names, d, config.expert_width, config)
+        expert = f"{layout.moe}.experts.{e}."
+        linears |= _ffn(expert + gate, expert + up, expert + down, d, config.expert_width, config)
     return linears
 
 

@@ -70,7 +70,7 @@ def rows_of(weight: Any, indices: Array) -> Array:
 def normalise(
     weights: Mapping[str, Any], x: Float[Array, "... D"], kind: str, eps: float
 ) -> Float[Array, "... D"]:
-    """Normalise the last axis in float32: ``rms`` x/√(mean x² + ε) · g, ``layer`` also centred.
+    """Normalise the last axis in float32: ``rms`` x/√(mean x² + ε)·g, ``layer`` also centred.
 
     Args:
         weights: ``weight`` g and, for ``layer``, ``bias`` (added last).

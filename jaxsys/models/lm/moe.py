@@ -150,10 +150,12 @@ def _all_rows(params, config, layout, x, weights, chosen, probe) -> Array:
     shape = (*x.shape[:2], -1)
     weights, chosen = weights.reshape(shape), chosen.reshape(shape)
     y = jnp.zeros_like(x)
+    gate, up, down = expert_roles(layout)
     for e in range(config.experts):
         here = chosen == e
         own = jnp.where(here.any(-1, keepdims=True), x, jnp.zeros((), x.dtype))
-        names = tuple(f"{layout.moe}.experts.{e}.{role}" for role in expert_roles(layout))
+        expert = f"{layout.moe}.experts.{e}."
+        names = (expert + gate, expert + up, expert + down)
         out = feed_forward(params, config, names, own, probe)
         y = y + out * jnp.sum(weights * here, axis=-1, keepdims=True).astype(x.dtype)
     return y

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxsys.core.errors import UserError
 from jaxsys.models.lm.config import LMConfig
-from jaxsys.models.lm.families import llama, mixtral
+from jaxsys.models.lm.families import gpt2, gpt_neox, gptj, llama, mixtral, opt
 from jaxsys.models.lm.families.fields import Fields
 from jaxsys.models.lm.layout import Layout
 
@@ -27,6 +27,10 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel", gpt2.LAYOUT, gpt2.from_hf, gpt2.to_hf),
+    "gptj": Family("GPTJForCausalLM", gptj.LAYOUT, gptj.from_hf, gptj.to_hf),
+    "gpt_neox": Family("GPTNeoXForCausalLM", gpt_neox.LAYOUT, gpt_neox.from_hf, gpt_neox.to_hf),
+    "opt": Family("OPTForCausalLM", opt.LAYOUT, opt.from_hf, opt.to_hf),
     "llama": Family("LlamaForCausalLM", llama.LAYOUT, llama.from_hf, llama.to_hf),
     "mistral": Family("MistralForCausalLM", llama.LAYOUT, llama.from_hf, llama.to_hf),
     "qwen2": Family("Qwen2ForCausalLM", llama.LAYOUT, llama.from_hf, llama.to_hf),
@@ -72,13 +76,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> LMConfig:
             "convert the model to one of these forms"
         )
     fields = Fields(hf)
-    try:
-        config = FAMILIES[kind].from_hf(fields)
-    except (TypeError, ArithmeticError, AttributeError, KeyError) as error:
-        raise UserError(
-            f"a field of this {kind} config has the wrong kind of value ({error}); expected a "
-            "config.json as transformers writes it; mend the file"
-        ) from None
+    config = FAMILIES[kind].from_hf(fields)
     fields.close()
     _check(config)
     return config
@@ -112,7 +110,6 @@ def config_to_hf(config: LMConfig) -> dict[str, Any]:
         "model_type": config.model_type,
         **family.to_hf(config),
         "tie_word_embeddings": config.tied,
-        "initializer_range": config.init_std,
         "bos_token_id": config.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_id,

@@ -1,19 +1,31 @@
 """Reading a foreign ``config.json`` so that nothing in it is overlooked."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxsys.core.errors import UserError
 from jaxsys.models.lm.config import Rope
 
+MOST_LAYERS = 4096
+# What a field may hold, by the type of its default.
+KINDS: dict[type, Any] = {
+    int: int,
+    float: int | float,
+    bool: bool,
+    str: str,
+    list: list,
+    dict: dict,
+}
 # Fields that say nothing about the forward pass at inference.
 HARMLESS = frozenset(
-    [
+    {
         "_name_or_path",
-        "architectures",
-        "attn_pdrop",
-        "attention_dropout",
         "activation_dropout",
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "auto_map",
         "chunk_size_feed_forward",
         "classifier_dropout",
         "do_sample",
@@ -25,8 +37,6 @@ HARMLESS = frozenset(
         "hidden_dropout",
         "hidden_dropout_prob",
         "id2label",
-        "initializer_range",
-        "init_std",
         "input_jitter_noise",
         "is_decoder",
         "is_llama_config",
@@ -48,7 +58,6 @@ HARMLESS = frozenset(
         "problem_type",
         "resid_pdrop",
         "return_dict",
-        "rope_interleaved",
         "router_aux_loss_coef",
         "sep_token_id",
         "summary_activation",
@@ -63,13 +72,11 @@ HARMLESS = frozenset(
         "top_p",
         "torch_dtype",
         "transformers_version",
-        "use_bfloat16",
-        "use_cache",
-        "auto_map",
-        "max_window_layers",
         "unsloth_fixed",
         "unsloth_version",
-    ]
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 
 
@@ -94,28 +101,52 @@ class Fields:
         self.model_type = str(hf.get("model_type"))
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Read a field; absent or null gives the default.
+        """Read a field; absent or null gives the default, whose kind the value must have.
 
         >>> Fields({}).take("n_layer", 12)
         12
         """
         self._read.add(name)
         value = self._hf.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        wanted = KINDS.get(type(default), object)
+        flag = isinstance(value, bool) and not isinstance(default, bool) and default is not None
+        if not isinstance(value, wanted) or flag:
+            raise self._strange(name, value, type(default).__name__)
+        if isinstance(default, float):
+            if not abs(value) < 1e30:
+                raise self._strange(name, value, "finite number")
+            return float(value)
+        return value
 
-    def need(self, name: str) -> Any:
-        """Read a field that must be there.
+    def _strange(self, name: str, value: Any, wanted: str) -> UserError:
+        return UserError(
+            f"field {name!r} of this {self.model_type} config is {reprlib.repr(value)}; expected "
+            f"a value of kind {wanted}; mend the config.json"
+        )
+
+    def need(self, name: str, most: int = 2**31 - 1) -> int:
+        """Read a size that must be there, from 1 to ``most``.
 
         >>> Fields({"n_layer": 3}).need("n_layer")
         3
         """
-        value = self.take(name)
-        if value is None:
+        value = self.take(name, 0)
+        if not 1 <= value <= most:
             raise UserError(
-                f"this {self.model_type} config has no {name!r}; expected the config.json that "
-                "belongs to the weights; add the field"
+                f"field {name!r} of this {self.model_type} config is {value or 'absent'}; expected "
+                f"a whole number from 1 to {most}; use the config.json that belongs to the weights"
             )
         return value
+
+    def layers(self, name: str = "num_hidden_layers") -> int:
+        """Read the number of layers.
+
+        >>> Fields({"n_layer": 3}).layers("n_layer")
+        3
+        """
+        return self.need(name, MOST_LAYERS)
 
     def fixed(self, **expected: Any) -> None:
         """Refuse fields whose value asks for mathematics that this library does not do.
@@ -136,64 +167,78 @@ class Fields:
         >>> Fields({"eos_token_id": [2, 3]}).tokens()["eos_ids"]
         (2, 3)
         """
-        eos = self.take("eos_token_id", ())
-        return {
-            "bos_id": self.take("bos_token_id"),
-            "eos_ids": (eos,) if isinstance(eos, int) else tuple(eos),
-            "pad_id": self.take("pad_token_id"),
-        }
+        eos = self.take("eos_token_id")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        bos, pad = self.take("bos_token_id"), self.take("pad_token_id")
+        for value in (*eos, bos or 0, pad or 0):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise self._strange("*_token_id", value, "int")
+        return {"bos_id": bos, "eos_ids": tuple(eos), "pad_id": pad}
 
     def rope(self, head_width: int, theta: float = 10000.0, fraction: float = 1.0) -> Rope:
         """Read rotary positions in the form of transformers 4 or of 5.
 
+        Args:
+            head_width: C.
+            theta: the family's default base.
+            fraction: the family's default part of a head that turns.
+
+        Returns:
+            The rotary positions.
+
+        Raises:
+            UserError: for a way of stretching that is not supported, by name.
+
         >>> Fields({"rope_theta": 5e5}).rope(64).theta
         500000.0
         """
-        old, new = self.take("rope_scaling", {}), self.take("rope_parameters", {})
-        theta = float(self.take("rope_theta", theta))
-        known = dict(old) | dict(new)
-        fraction = known.pop("partial_rotary_factor", self.take("partial_rotary_factor", fraction))
-        legacy = known.pop("type", "default")
-        kind = known.pop("rope_type", legacy)
-        theta = float(known.pop("rope_theta", theta))
+        merged = self.take("rope_scaling", {}) | self.take("rope_parameters", {})
+        inner = Fields(merged | {"model_type": self.model_type})
+        kind = inner.take("rope_type", inner.take("type", "default"))
         if kind not in ("default", "linear", "llama3"):
             raise UserError(
                 f"rope scaling of this {self.model_type} config is {kind!r}; supported are "
                 "'default', 'linear' and 'llama3'; use another checkpoint"
             )
+        fraction = self.take("partial_rotary_factor", fraction)
         rope = Rope(
-            theta=theta,
-            width=int(head_width * fraction),
+            theta=inner.take("rope_theta", self.take("rope_theta", theta)),
+            width=int(head_width * inner.take("partial_rotary_factor", fraction)),
             scaling=kind,
-            factor=float(known.pop("factor", 1.0) or 1.0),
-            low_freq_factor=float(known.pop("low_freq_factor", 1.0)),
-            high_freq_factor=float(known.pop("high_freq_factor", 4.0)),
-            original_positions=int(known.pop("original_max_position_embeddings", 8192)),
+            factor=inner.take("factor", 1.0),
+            low_freq_factor=inner.take("low_freq_factor", 1.0),
+            high_freq_factor=inner.take("high_freq_factor", 4.0),
+            original_positions=inner.take("original_max_position_embeddings", 8192),
         )
-        if known:
-            raise UserError(
-                f"rope fields {sorted(known)} of this {self.model_type} config are unknown; "
-                "expected only those of 'default', 'linear' and 'llama3'; use another checkpoint"
-            )
+        inner.close()
         return rope
 
-    def windows(self, layers: int, *, switch: bool) -> tuple[int, ...]:
-        """Read the sliding window of each layer; ``switch``: only if use_sliding_window is set.
+    def windows(self, layers: int, *, default: int = 0, switch: bool = False) -> tuple[int, ...]:
+        """Read the sliding window of each layer.
 
-        >>> Fields({"sliding_window": 16}).windows(2, switch=False)
+        Args:
+            layers: L.
+            default: window of a config without the field; null says none.
+            switch: the family has windows only where ``use_sliding_window`` is set, and without
+                ``layer_types`` only from layer ``max_window_layers`` on.
+
+        Returns:
+            Tokens per layer, 0 for none; empty if there are none at all.
+
+        >>> Fields({"sliding_window": 16}).windows(2)
         (16, 16)
         """
-        window = self.take("sliding_window", 0)
-        kinds = self.take("layer_types")
-        if switch and not self.take("use_sliding_window", False):
-            window = 0
-        if kinds is None:
-            first = self.take("max_window_layers", 28) if switch else 0
+        window = self.take("sliding_window", default if "sliding_window" not in self._hf else 0)
+        kinds, first = self.take("layer_types", []), 0
+        if switch:
+            window = window if self.take("use_sliding_window", False) else 0
+            first = self.take("max_window_layers", 28)
+        if not kinds:
             kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        strange = set(kinds) - {"sliding_attention", "full_attention"}
-        if strange or len(kinds) != layers:
+        known = all(kind in ("sliding_attention", "full_attention") for kind in kinds)
+        if not known or len(kinds) != layers or window < 0:
             raise UserError(
-                f"layer_types of this {self.model_type} config is {list(kinds)}; expected "
+                f"layer_types of this {self.model_type} config is {reprlib.repr(kinds)}; expected "
                 f"{layers} times 'full_attention' or 'sliding_attention'; use another checkpoint"
             )
         per_layer = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -206,9 +251,10 @@ class Fields:
         """
         for name, value in self._hf.items():
             if name not in self._read and value is not None:
+                shown = reprlib.repr(value)
                 raise UserError(
-                    f"field {name!r} of this {self.model_type} config is {value!r}; it is not "
-                    "known here and may change the mathematics; remove it if it does not"
+                    f"field {name!r} of this {self.model_type} config is {shown}; it is not known "
+                    "here and may change the mathematics; remove it if it does not"
                 )
 
 

@@ -26,23 +26,24 @@ def common(fields: Fields, eps: float, theta: float = 10000.0) -> dict[str, Any]
     >>> common(Fields(hf), 1e-6)["head_width"]
     4
     """
+    fields.fixed(rope_interleaved=False)
     heads, width = fields.need("num_attention_heads"), fields.need("hidden_size")
     head_width = fields.take("head_dim", width // heads)
     return {
         "model_type": fields.model_type,
         "vocab_size": fields.need("vocab_size"),
         "width": width,
-        "layers": fields.need("num_hidden_layers"),
+        "layers": fields.layers(),
         "heads": heads,
         "kv_heads": fields.take("num_key_value_heads", heads),
         "head_width": head_width,
         "ffn_width": fields.need("intermediate_size"),
         "max_positions": fields.take("max_position_embeddings", 2048),
         "activation": fields.take("hidden_act", "silu"),
-        "norm_eps": float(fields.take("rms_norm_eps", eps)),
+        "norm_eps": fields.take("rms_norm_eps", eps),
         "rope": fields.rope(head_width, theta),
         "tied": fields.take("tie_word_embeddings", False),
-        "init_std": float(fields.take("initializer_range", 0.02)),
+        "init_std": fields.take("initializer_range", 0.02),
         **fields.tokens(),
     }
 
@@ -58,14 +59,14 @@ def from_hf(fields: Fields) -> LMConfig:
     kind = fields.model_type
     kwargs = common(fields, eps=1e-6)
     layers = kwargs["layers"]
-    if kind == "qwen3" and fields.take("head_dim") is None:
+    if kind == "qwen3" and not fields.take("head_dim", 0):
         kwargs["head_width"] = 128
         kwargs["rope"] = fields.rope(128)
     bias = fields.take("attention_bias", False) if kind in ("llama", "qwen3") else False
     if kind == "mistral":
-        windows = fields.windows(layers, switch=False)
+        windows = fields.windows(layers, default=4096)
     else:
-        windows = fields.windows(layers, switch=True) if kind != "llama" else ()
+        windows = fields.windows(layers, default=4096, switch=True) if kind != "llama" else ()
     return LMConfig(
         **kwargs,
         qkv_bias=bias or kind == "qwen2",
@@ -95,6 +96,7 @@ def common_to_hf(config: LMConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "hidden_act": config.activation,
         "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
         **rope_fields(config.rope),
     }
 

@@ -26,20 +26,18 @@ def from_hf(fields: Fields) -> LMConfig:
     phi = fields.model_type == "phimoe"
     kwargs = llama.common(fields, eps=1e-5, theta=1e6)
     bias = fields.take("attention_bias", False) if phi else False
-    if not phi:
-        fields.fixed(router_jitter_noise=0.0)
     return LMConfig(
         **kwargs,
         norm="layer" if phi else "rms",
         qkv_bias=bias,
         out_bias=bias,
         head_bias=fields.take("lm_head_bias", False) if phi else False,
-        windows=fields.windows(kwargs["layers"], switch=False),
+        windows=fields.windows(kwargs["layers"]),
         experts=fields.take("num_local_experts", 16 if phi else 8),
         experts_per_token=fields.take("num_experts_per_tok", 2),
         expert_width=kwargs["ffn_width"],
         router="sparsemixer" if phi else "softmax",
-        router_jitter=float(fields.take("router_jitter_noise", 0.01)) if phi else 0.0,
+        router_jitter=fields.take("router_jitter_noise", 0.01),
     )
 
 
@@ -72,8 +70,11 @@ def qwen_from_hf(fields: Fields) -> LMConfig:
     """
     kwargs = llama.common(fields, eps=1e-6)
     layers = kwargs["layers"]
-    step, plain = fields.take("decoder_sparse_step", 1), fields.take("mlp_only_layers", ())
+    step, plain = max(1, fields.take("decoder_sparse_step", 1)), fields.take("mlp_only_layers", [])
     bias = fields.take("attention_bias", False)
+    fields.take("max_window_layers")  # written by transformers 4, never used
+    window = fields.take("sliding_window", 4096)
+    window = window if fields.take("use_sliding_window", False) else 0
     # transformers 5 writes num_local_experts, 4 wrote num_experts.
     experts = fields.take("num_local_experts", fields.take("num_experts", 128))
     config = LMConfig(
@@ -81,7 +82,7 @@ def qwen_from_hf(fields: Fields) -> LMConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
-        windows=fields.windows(layers, switch=True),
+        windows=(window,) * layers if window else (),
         experts=experts,
         experts_per_token=fields.take("num_experts_per_tok", 8),
         expert_width=fields.take("moe_intermediate_size", 768),

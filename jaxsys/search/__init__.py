@@ -1,0 +1,1 @@
+"""Symbolic expressions as integer arrays, one compiled interpreter, and their evolution."""
