@@ -45,6 +45,7 @@ _PLAIN = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+_PART = 1 << 20
 _MOST_DIMS = 4
 _MOST_NAME_BYTES = 65_535
 
@@ -98,16 +99,22 @@ class GgufTensors(Mapping[str, np.ndarray]):
         if kind in _PLAIN:
             return data.view(_PLAIN[kind]).reshape(shape)
         constants, quants = _gguf()
+        number = constants.GGMLQuantizationType[kind]
+        rows = data.reshape(math.prod(shape[:-1]), -1)
+        result = np.empty((len(rows), shape[-1]), np.float32)
+        # In parts: the package holds what it makes twice.
+        step = max(1, _PART // shape[-1])
         try:
             # A hostile scale may be infinite or no number; that is for the reader of the result.
             with np.errstate(all="ignore"):
-                rows = data.reshape(*shape[:-1], -1)
-                return quants.dequantize(rows, constants.GGMLQuantizationType[kind])
+                for i in range(0, len(rows), step):
+                    result[i : i + step] = quants.dequantize(rows[i : i + step], number)
         except NotImplementedError:
             raise UserError(
                 f"tensor {short(name)} is stored as {kind}, which the gguf package cannot "
                 "dequantise; convert the file to another format, such as Q8_0"
             ) from None
+        return result.reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
