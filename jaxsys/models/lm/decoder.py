@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxsys.core.errors import UserError
@@ -36,11 +37,11 @@ class Output(NamedTuple):
 def apply(
     params: Params,
     config: LMConfig,
-    tokens: Integer[Array, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"],
     *,
     cache: Cache | None = None,
-    positions: Integer[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    positions: Integer[Array | np.ndarray, "B T"] | None = None,
+    mask: Bool[Array | np.ndarray, "B T"] | None = None,
     taps: Sequence[str] = (),
     interventions: Sequence[Intervention] = (),
     last: bool = False,
@@ -76,11 +77,12 @@ def apply(
     >>> out.logits.shape, out.taps["model.layers.0:out"].shape
     ((2, 5, 97), (2, 5, 32))
     """
+    tokens, mask = jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
     check_points(config, [*taps, *(change.point for change in interventions)])
     _check_length(config, tokens, cache)
     probe = Probe(taps, interventions)
     start = None if cache is None else cache.length
-    positions = _positions(tokens, start, mask) if positions is None else positions
+    positions = _positions(tokens, start, mask) if positions is None else jnp.asarray(positions)
     x = embed(params, config, tokens, positions, probe=probe)
     slots = cache.keys[0].shape[2] if cache else None
     places = {
@@ -336,8 +338,8 @@ def head(
 def loss(
     params: Params,
     config: LMConfig,
-    tokens: Integer[Array, "B T"],
-    mask: Bool[Array, "B T"] | None = None,
+    tokens: Integer[Array | np.ndarray, "B T"],
+    mask: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """Average the cross-entropy of each next token, in nats per token.
 
@@ -357,6 +359,7 @@ def loss(
     >>> bool(abs(loss(init(jax.random.key(0), config), config, tokens) - jnp.log(97)) < 0.5)
     True
     """
+    tokens = jnp.asarray(tokens)
     logits = apply(params, config, tokens[:, :-1]).logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen

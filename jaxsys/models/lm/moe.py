@@ -87,7 +87,7 @@ def feed_forward(
     Returns:
         Rows of the same shape.
 
-    >>> config = LMConfig("llama", 97, 2, 2, 2, 2, 1, 3, 64)
+    >>> config = LMConfig("llama", 97, 2, 2, 2, 2, 2, 3, 64)
     >>> params = {"up": {"weight": jnp.ones((3, 2))}, "down": {"weight": jnp.ones((2, 3))}}
     >>> feed_forward(params, config, ("", "up", "down"), jnp.ones((1, 2)), Probe((), ())).shape
     (1, 2)
