@@ -26,6 +26,7 @@ from jaxsys.localsgd.step import (
     State,
     apply_due,
     init_state,
+    scatter,
     update_norms,
 )
 from jaxsys.localsgd.strategy import Strategy
@@ -125,13 +126,12 @@ class _Mailbox:
                 continue
             group, future = self.under_way[i]
             message = future.result()
-            offset = 0
+            sizes = [self.sizes[member] for member in group]
+            means |= scatter(message.mean, group, sizes)
+            if message.lost is not None:
+                for member, lost in scatter(message.lost, group, sizes).items():
+                    residuals[member] = lost
             for member in group:
-                cut = slice(offset, offset + self.sizes[member])
-                means[member] = message.mean[cut]
-                if message.lost is not None:
-                    residuals[member] = message.lost[cut]
-                offset += self.sizes[member]
                 del self.under_way[member]
             if clock is not None:
                 name = self.layers[group[0]].name if len(group) == 1 else "all layers"

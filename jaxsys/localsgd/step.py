@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsys.core.mesh import REPLICA
@@ -204,9 +205,10 @@ def partial_local_sgd(
                 codec=strategy.codec,
                 axis_name=axis_name,
             )
-            means.update(_scatter(mean, leaves, group, layers))
+            sizes = [sum(leaves[j].size for j in layer.leaves) for layer in members]
+            means.update(scatter(mean, group, sizes))
             if lost is not None:
-                residuals.update(_scatter(lost, leaves, group, layers))
+                residuals.update(scatter(lost, group, sizes))
         return means, residuals
 
     def step(state: State, batch: Any, due: Due) -> tuple[State, Info]:
@@ -287,15 +289,21 @@ def apply_due(
     )
 
 
-def _scatter(
-    vector: jax.Array, leaves: Sequence[Any], group: Sequence[int], layers: Sequence[Layer]
+def scatter(
+    vector: jax.Array, group: Sequence[int], sizes: Sequence[int]
 ) -> dict[int, jax.Array]:
-    out, offset = {}, 0
-    for i in group:
-        size = sum(leaves[j].size for j in layers[i].leaves)
-        out[i] = vector[offset : offset + size]
-        offset += size
-    return out
+    """Cut the message of a group into the vectors of its layers.
+
+    Args:
+      vector: the layers' vectors end to end.
+      group: their numbers.
+      sizes: elements of each.
+
+    >>> {i: v.tolist() for i, v in scatter(jnp.arange(3), (4, 2), (1, 2)).items()}
+    {4: [0], 2: [1, 2]}
+    """
+    cuts = np.cumsum(sizes)[:-1].tolist()
+    return dict(zip(group, jnp.split(vector, cuts), strict=True))
 
 
 def _put(vectors: tuple[jax.Array, ...], values: dict[int, jax.Array]) -> tuple[jax.Array, ...]:
