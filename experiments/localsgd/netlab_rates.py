@@ -72,8 +72,9 @@ def summary(results: list[dict]) -> list[dict]:
             line["worst, with the run's own times"] = f"{errors[worst]:.0%} ({worst})"
         for name in ("dreamddp-nofill", "dreamddp", "dreamddp-eager"):
             if name in rows and rows[name]["hidden_planned"] > 0:
-                share = rows[name]["hidden"] / rows[name]["hidden_planned"]
-                line[f"{name}: hidden of planned"] = f"{share:.0%}"
+                planned = [rows[name]["hidden_planned"], rows[name]["hidden_again"]]
+                shares = [f"{rows[name]['hidden'] / p:.0%}" for p in planned if p]
+                line[f"{name}: hidden of planned, in-run"] = ", ".join(shares)
         for name in ("dreamddp-nofill", "dreamddp", "dreamddp-eager"):
             for other in ("local", "wfbp"):
                 if name in step and other in step:

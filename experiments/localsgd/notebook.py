@@ -185,7 +185,7 @@ staged = cut_loss(loss_fn, params, batch, layers)
 one = overlapped_local_sgd(loss_fn, optimizer, layers, strategies["dreamddp"], staged, wire)
 compute = measure_compute(one, staged, params, batch, wire)
 wire.close()
-forward_s, backward_s, tail_s = compute
+forward_s, backward_s, tail_s = compute[:3]
 step_s = forward_s.sum() + backward_s.sum() + tail_s
 all_bytes = 2 * (WORKERS - 1) / WORKERS * sum(layer_bytes(params, layers))
 

@@ -290,18 +290,19 @@ def _train(
         turn.name: _evaluate(setup, turn.run.params(states[turn.name]), wire) for turn in turns
     }
     again = _predict_again(measured, turns, weather)
-    emit({"event": "end", "seconds": time.time() - began, "valid": result, "again_s": again})
+    emit({"event": "end", "seconds": time.time() - began, "valid": result, "again": again})
     return result
 
 
 def _predict_again(
     measured: profile.Profile, turns: Sequence[_Turn], weather: Sequence[profile.Weather]
-) -> dict[str, float]:
-    """Predict each strategy's step, under its settled plan, from the times of the run itself."""
+) -> dict[str, tuple[float, float]]:
+    """Predict each strategy's step and hidden share, its plan kept, from the run's own times."""
     if not weather:
         return {}
     met = measured.rescaled(profile.Weather(*np.median(np.array(weather), axis=0).tolist()))
-    return {turn.name: met.plan(turn.strategy, turn.plan.phases).predicted_s for turn in turns}
+    plans = {turn.name: met.plan(turn.strategy, turn.plan.phases) for turn in turns}
+    return {name: (plan.predicted_s, plan.hidden_share) for name, plan in plans.items()}
 
 
 def _take_turn(
@@ -346,6 +347,7 @@ def _take_turn(
         "loss": everyone[:, :, 0].mean(0).tolist(),
         "clock_s": clock.tolist(),
         "wait_s": everyone[:, :, 2].mean(0).tolist(),
+        "compute_s": (everyone[:, :, 1] - everyone[:, :, 2]).tolist(),  # of each worker
         "comm_s": everyone[:, :, 3].mean(0).tolist(),
         "sent_bytes": float(bytes_sent.mean()),
         "sent_counted": counted,

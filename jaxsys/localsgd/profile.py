@@ -34,10 +34,28 @@ class Weather(NamedTuple):
     Attributes:
       compute_s: seconds of a step of the slowest worker.
       exchange_s: seconds of the exchange, the median of the workers.
+      jitter_s: see `Profile`.
     """
 
     compute_s: float
     exchange_s: float
+    jitter_s: float = 0.0
+
+
+class Compute(NamedTuple):
+    """Times of a step that sends nothing.
+
+    Attributes:
+      forward_s: seconds of each layer's forward pass, nearest the loss first, [L].
+      backward_s: seconds of each layer's backward pass, in the same order, [L].
+      tail_s: seconds of the optimiser step.
+      jitter_s: see `Profile`.
+    """
+
+    forward_s: np.ndarray
+    backward_s: np.ndarray
+    tail_s: float
+    jitter_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +71,9 @@ class Profile:
       link: seconds of one exchange as a line over the bytes that a worker sends.
       workers: number of workers R.
       note: where it was measured.
+      jitter_s: seconds that a step loses if its workers wait for each other in every step and not
+        only now and then: the mean of the slowest worker's step, less the step of the worker that
+        is slowest over several.
 
     >>> p = Profile(("w",), (10,), (1.0,), (2.0,), 0.1, LinearCost(0.01, 0.001, 1.0, 0.0, 3), 4)
     >>> p.plan(Strategy(period=1)).compute_s
@@ -67,6 +88,7 @@ class Profile:
     link: LinearCost
     workers: int
     note: str = ""
+    jitter_s: float = 0.0
 
     def message_s(self, elements: int, codec: str = "f32") -> float:
         """Predict the seconds of one exchange of that many parameters."""
@@ -76,12 +98,15 @@ class Profile:
         self, strategy: Strategy, phases: tuple[tuple[int, ...], ...] | None = None
     ) -> SyncPlan:
         """Plan a strategy with these times, or predict the given phases with them."""
+        forward_s, backward_s = sum(self.forward_s), sum(self.backward_s)
+        compute_s = forward_s + backward_s + self.tail_s
+        slower = 1.0 + self.jitter_s / compute_s if strategy.waits_always and compute_s else 1.0
         return make_plan(
             strategy,
-            self.backward_s,
+            [slower * s for s in self.backward_s],
             [self.message_s(n, strategy.codec) for n in self.elements],
-            forward_s=sum(self.forward_s),
-            tail_s=self.tail_s,
+            forward_s=slower * forward_s,
+            tail_s=slower * self.tail_s,
             merged_s=self.message_s(sum(self.elements), strategy.codec),
             phases=phases,
         )
@@ -103,6 +128,7 @@ class Profile:
             forward_s=tuple(slower * s for s in self.forward_s),
             backward_s=tuple(slower * s for s in self.backward_s),
             tail_s=slower * self.tail_s,
+            jitter_s=weather.jitter_s,
             link=dataclasses.replace(
                 self.link,
                 alpha_s=link * self.link.alpha_s,
@@ -124,7 +150,7 @@ class Profile:
         try:
             found = json.loads(text)
             fields = {f.name for f in dataclasses.fields(cls)}
-            if set(found) - fields or not fields - {"note"} <= set(found):
+            if set(found) - fields or not fields - {"note", "jitter_s"} <= set(found):
                 raise KeyError(", ".join(sorted(set(found) ^ fields)))
             vectors = {
                 name: tuple(kind(x) for x in found.pop(name))
@@ -155,7 +181,7 @@ def measure_compute(
     *,
     rounds: int = 12,
     on_round: Callable[[int], None] = lambda _: None,
-) -> tuple[np.ndarray, np.ndarray, float]:
+) -> "Compute":
     """Time steps that send nothing, on all workers at once: the very programs that a run uses.
 
     Workers meet before every fourth step only, as they do in a period, so that what one loses to
@@ -172,8 +198,7 @@ def measure_compute(
       on_round: called with the number of each round, for progress.
 
     Returns:
-      Seconds of each layer's forward, [L], backward, [L] (both nearest the loss first), and of the
-      optimiser step, scaled so that a step takes the median of the slowest worker's fours.
+      The times, scaled so that a step takes the median of the slowest worker's fours.
     """
     state = run.init(params, jax.random.key(0))
     n = len(staged.stages)
@@ -196,11 +221,13 @@ def measure_compute(
         forwards.append(np.diff(marks))
     everyone = wire.gather(np.array(steps[4:], np.float32))  # [R, rounds, L + 2]
     shares = np.median(everyone, axis=(0, 1))
-    fours = everyone.sum(-1).reshape(len(everyone), -1, 4).mean(-1).max(0)
+    whole = everyone.sum(-1)  # [R, rounds]
+    fours = whole.reshape(len(whole), -1, 4).mean(-1).max(0)
     times = shares * (np.median(fours) / shares.sum())
     forward = np.median(wire.gather(np.array(forwards[2:], np.float32)), axis=(0, 1))
     forward_s = forward[::-1] * (times[0] / forward.sum())
-    return forward_s, times[1 : n + 1], float(times[-1])
+    jitter_s = float(whole.max(0).mean() - fours.mean())
+    return Compute(forward_s, times[1 : n + 1], float(times[-1]), jitter_s)
 
 
 def measure_link(
@@ -215,7 +242,9 @@ def measure_link(
 
     The sizes span the messages of a run. On a fast link, where even the largest would drown in
     noise, it is doubled until an exchange takes 0.1 s or holds 16 MiB. The line goes through the
-    median of each size, since a stalled exchange says nothing about the link.
+    median of each size, since a stalled exchange says nothing about the link. Every timed exchange
+    follows close behind one that is not timed, as messages of a run do: what a link lets pass at
+    once after a pause would flatter it.
 
     Args:
       wire: this process's wire.
@@ -236,7 +265,7 @@ def measure_link(
         nonlocal count
         on_round(count)
         count += 1
-        return _exchange_s(wire, elements)
+        return _exchange_s(wire, elements, smallest)
 
     exchange_s(largest)
     while largest < 2**22 and exchange_s(largest) < 0.1:
@@ -259,12 +288,15 @@ def measure_link(
     raise AssertionError
 
 
-def _exchange_s(wire: Wire, elements: int) -> float:
-    """Return the median over the workers of one exchange's seconds; the same on all."""
+def _exchange_s(wire: Wire, elements: int, first: int) -> float:
+    """Return the seconds of an exchange right behind one of `first`; the same on all workers."""
     wire.gather(np.zeros(1, np.float32))
-    group = (10**6 + elements,)  # no layer has this number, and sizes share no program
     key_data = jax.random.key_data(jax.random.key(0))
-    message = wire.send(group, "f32", [jnp.ones(elements)], None, None, key_data, 0).result()
+    behind = [  # no layer has such a number, and sizes share no program
+        wire.send((10**6 + n,), "f32", [jnp.ones(n)], None, None, key_data, 0)
+        for n in (first, elements)
+    ]
+    message = behind[-1].result()
     return float(np.median(wire.gather(np.array([message.end_s - message.start_s], np.float32))))
 
 
@@ -290,15 +322,17 @@ def measure_weather(
     for batch in batches:
         state, info = run.step(state, batch, Due((), ()))
         steps.append(info.step_s)
-    compute_s = float(wire.gather(np.array([np.mean(steps)], np.float32)).max())
+    everyone = wire.gather(np.array(steps, np.float32))  # [R, steps]
+    compute_s = float(everyone.mean(1).max())
     elements = sum(int(x.size) for x in jax.tree.leaves(state.params))
-    return state, Weather(compute_s, _exchange_s(wire, elements))
+    exchange_s = _exchange_s(wire, elements, max(1, elements // 50))
+    return state, Weather(compute_s, exchange_s, float(everyone.max(0).mean()) - compute_s)
 
 
 def make_profile(
     layers: Sequence[Layer],
     params: Any,
-    compute: tuple[np.ndarray, np.ndarray, float],
+    compute: Compute,
     link: LinearCost,
     workers: int,
     note: str = "",
@@ -306,18 +340,18 @@ def make_profile(
     """Put measured times together.
 
     >>> cost = LinearCost(0.01, 0.001, 1.0, 0.0, 3)
-    >>> times = (np.ones(1), np.ones(1), 0.5)
+    >>> times = Compute(np.ones(1), np.ones(1), 0.5)
     >>> make_profile([Layer("w", (0,))], [np.ones(3)], times, cost, 2).elements
     (3,)
     """
     sizes = [int(x.size) for x in jax.tree.leaves(params)]
-    forward_s, backward_s, tail_s = compute
     return Profile(
         layers=tuple(layer.name for layer in layers),
         elements=tuple(sum(sizes[i] for i in layer.leaves) for layer in layers),
-        forward_s=tuple(map(float, forward_s)),
-        backward_s=tuple(map(float, backward_s)),
-        tail_s=float(tail_s),
+        forward_s=tuple(map(float, compute.forward_s)),
+        backward_s=tuple(map(float, compute.backward_s)),
+        tail_s=compute.tail_s,
+        jitter_s=compute.jitter_s,
         link=link,
         workers=workers,
         note=note,

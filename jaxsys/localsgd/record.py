@@ -29,7 +29,7 @@ class Record:
         self.plans: dict[str, SyncPlan] = {}
         self.blocks: dict[str, dict[int, dict[str, Any]]] = {}
         self.valid: dict[str, dict[str, float]] = {}
-        self.again_s: dict[str, float] = {}
+        self.again: dict[str, Sequence[float]] = {}
         self.link: dict[str, Any] = {}
         self.resumed: list[tuple[float, int]] = []
         self.steps: list[tuple[float, str, int]] = []
@@ -63,7 +63,7 @@ class Record:
             self.steps.append((event["at_s"], event["strategy"], event["step"]))
         elif kind == "end":
             self.valid = event["valid"]
-            self.again_s = event.get("again_s", {})
+            self.again = event.get("again", {})
 
     def series(self, strategy: str) -> tuple[np.ndarray, np.ndarray]:
         """Join a strategy's blocks: its own wall time and the mean loss, after each step."""
@@ -123,9 +123,10 @@ class Record:
                     "low_s": low,
                     "high_s": high,
                     "predicted_s": plan.predicted_s,
-                    "predicted_again_s": self.again_s.get(name),
+                    "predicted_again_s": self.again.get(name, (None,))[0],
                     "hidden": max(0.0, 1.0 - waited / sent) if sent else 1.0,
                     "hidden_planned": plan.hidden_share,
+                    "hidden_again": self.again.get(name, (None,))[-1],
                     "sent_bytes_per_step": sum(b["sent_bytes"] for b in blocks)
                     / sum(len(b["loss"]) for b in blocks),
                     "sent_counted": all(b["sent_counted"] for b in blocks),

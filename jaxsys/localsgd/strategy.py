@@ -88,6 +88,15 @@ class Strategy:
         """Whether each layer keeps its last agreed value, against which changes are sent."""
         return self.sends == "parameters" and (self.codec != "f32" or self.outer != "none")
 
+    @property
+    def waits_always(self) -> bool:
+        """Whether every step sends, and waits for what it sent until the slowest worker has.
+
+        What is sent eagerly has a whole step to arrive, and full local SGD waits once a period.
+        """
+        always = self.period == 1 or self.schedule in ("every", "equal", "dreamddp", "dfs", "best")
+        return always and self.launch != "eager" and self.delay == 0
+
     def outer_optimizer(self) -> optax.GradientTransformation | None:
         """Build the outer optimiser, or None."""
         if self.outer == "none":

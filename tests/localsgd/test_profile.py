@@ -1,0 +1,33 @@
+"""What a profile predicts: jitter costs those who wait in every step; a run's own times rescale."""
+
+import pytest
+
+from jaxsys.core.cost import LinearCost
+from jaxsys.localsgd.profile import Profile, Weather
+from jaxsys.localsgd.strategy import presets
+
+LINK = LinearCost(0.01, 1e-3, 1.0, 0.0, 3)
+STILL = Profile(("b", "a"), (40, 60), (0.1, 0.2), (0.3, 0.4), 0.5, LINK, 4, jitter_s=0.0)
+SHAKY = Profile(("b", "a"), (40, 60), (0.1, 0.2), (0.3, 0.4), 0.5, LINK, 4, jitter_s=0.3)
+
+
+@pytest.mark.parametrize("name", presets(2))
+def test_jitter_costs_those_who_wait_in_every_step(name):
+    strategy = presets(2)[name]
+    more_s = SHAKY.plan(strategy).compute_s - STILL.plan(strategy).compute_s
+    always = {"ssgd", "wfbp", "equal", "dreamddp", "dreamddp-nofill", "best"}
+    assert more_s == pytest.approx(0.3 if name in always else 0.0)
+
+
+def test_a_run_that_met_what_was_measured_predicts_the_same():
+    whole_s = SHAKY.message_s(100)
+    same = SHAKY.rescaled(Weather(1.5, whole_s, 0.3))
+    twice = SHAKY.rescaled(Weather(3.0, 2 * whole_s, 0.6))
+    for strategy in presets(2).values():
+        plan = SHAKY.plan(strategy)
+        assert same.plan(strategy).predicted_s == pytest.approx(plan.predicted_s)
+        assert twice.plan(strategy, plan.phases).predicted_s == pytest.approx(2 * plan.predicted_s)
+
+
+def test_it_survives_its_json():
+    assert Profile.from_json(SHAKY.to_json()) == SHAKY
