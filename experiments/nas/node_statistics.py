@@ -7,8 +7,9 @@
 The benchmark's network (16 channels, 5 cells a stage), drawn with seed 0 as PyTorch draws; 16 CIFAR
 images for snip and grad_norm, one image of ones for synflow. Blocks go to `runs/nas/nodes-*`; cells
 are taken in a random order, so what is done so far is a random sample of the space, and
-`results/node_statistics.npz` holds it: `index` [N], and for each proxy the natural logarithm of
-every slot's sum (synflow, snip) or norm (grad_norm), float16 [N, 98], 0 where no layer is.
+`results/node_statistics.npz` holds it: for each proxy the numbers of the cells done, such as
+`snip_index` [n], and the natural logarithm of every slot's sum (synflow, snip) or norm (grad_norm),
+float16 [n, 98], 0 where no layer is.
 
 Expected: all 15,625 cells for synflow in about 4 minutes, for the other two in about 50 minutes.
 """
@@ -19,9 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from shared import NODES, cifar_batch, order
+from shared import NODES, order
 
 from jaxsys.core.report import format_seconds
+from jaxsys.nas.batches import image_batch
 from jaxsys.nas.model import cell_model
 from jaxsys.nas.network import NetworkConfig
 from jaxsys.nas.score import ScoreConfig, score_all, write_npz
@@ -36,23 +38,23 @@ def folder_of(proxies: tuple[str, ...]) -> Path:
     return Path("runs/nas") / ("nodes-" + "-".join(proxies))
 
 
-def collect() -> int:
-    """Join the blocks that all runs have done, and write the statistics."""
-    have = [{f.name for f in folder_of(p).glob("block-*.npz")} for p in RUNS]
-    names = sorted(set.intersection(*have))
-    if not names:
-        return 0
-    places = [int(n[6:11]) for n in names]
-    index = np.concatenate([order()[i * BLOCK : (i + 1) * BLOCK] for i in places])
-    found = {"index": np.sort(index).astype(np.uint16)}
+def collect() -> dict[str, int]:
+    """Join the blocks that each run has done, and write the statistics."""
+    found: dict[str, np.ndarray] = {}
     for proxies in RUNS:
-        blocks = [np.load(folder_of(proxies) / name) for name in names]
+        files = sorted(folder_of(proxies).glob("block-*.npz"))
+        if not files:
+            continue
+        places = [int(file.name[6:11]) for file in files]
+        index = np.concatenate([order()[i * BLOCK : (i + 1) * BLOCK] for i in places])
+        blocks = [np.load(file) for file in files]
         for proxy in proxies:
             nodes = np.concatenate([b[f"{proxy}.nodes"][:, 0] for b in blocks])[np.argsort(index)]
             logs = nodes if proxy == "synflow" else np.log(np.where(nodes > 0, nodes, 1.0))
-            found[proxy] = logs.astype(np.float16)
+            found |= {f"{proxy}_index": np.sort(index).astype(np.uint16)}
+            found |= {proxy: logs.astype(np.float16)}
     write_npz(NODES, found)
-    return len(index)
+    return {name: len(v) for name, v in found.items() if not name.endswith("index")}
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     start = time.monotonic()
-    images, labels = cifar_batch(16)
+    images, labels = image_batch("noise" if args.smoke else "cifar", 16)
     archs = from_index(order())
     if args.smoke:
         make = partial(cell_model, config=NetworkConfig(8, 1))

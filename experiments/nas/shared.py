@@ -1,36 +1,39 @@
-"""What the experiments share: CIFAR images, node statistics, training sets."""
+"""What the experiments share: node statistics, the order of cells, records that resume."""
 
-import os
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxsys.core.errors import UserError
+from jaxsys.core.report import atomic_write, to_json
 from jaxsys.nas.space import N_CELLS
 
 RESULTS = Path(__file__).parent / "results"
 NODES = RESULTS / "node_statistics.npz"
+DATASETS = {"c10": "CIFAR-10", "c100": "CIFAR-100", "in16": "ImageNet16-120"}
 
 
-def cifar_batch(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images normalised to mean and deviation 0.5, as the released code does."""
-    folder = os.environ.get("JAXSYS_DATA")
-    file = Path(folder or "") / "images" / "cifar10_test_1000.npz"
-    if not folder or not file.exists():
-        raise UserError(f"{file} is not there; expected CIFAR-10 images; set JAXSYS_DATA")
-    with np.load(file) as data:
-        rows = np.random.default_rng(seed).permutation(len(data["label"]))[:size]
-        images = data["image"][rows].astype(np.float32) / 255
-        return (images - 0.5) / 0.5, data["label"][rows].astype(np.int32)
-
-
-def load_nodes() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Load the committed node statistics: cell indices, and name -> logarithms [N, 98]."""
+def load_nodes() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Load the committed node statistics: name -> cell numbers [n], logarithms [n, 98]."""
     with np.load(NODES) as data:
-        index = data["index"]
-        return index, {k: data[k].astype(np.float32) for k in data.files if k != "index"}
+        names = [k for k in data.files if not k.endswith("index")]
+        return {k: (data[f"{k}_index"], data[k].astype(np.float32)) for k in names}
 
 
 def order() -> np.ndarray:
     """Return all cells in the random order in which they are worked off."""
     return np.random.default_rng(0).permutation(N_CELLS)
+
+
+class Records:
+    """Results by key in one JSON file, so that a run that was stopped goes on."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def add(self, key: str, value: Any) -> None:
+        self.found[key] = json.loads(to_json(value))
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.found.items()]
+        atomic_write(self.file, "{\n" + ",\n".join(lines) + "\n}\n")

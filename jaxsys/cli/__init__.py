@@ -19,6 +19,7 @@ from jaxsys.core.errors import UserError
 GROUPS = {
     "localsgd": "partial local SGD over slow links: compare, train, plan",
     "lm": "language models as checkpoints: info, convert, eval, generate",
+    "nas": "zero-cost architecture search: score, fit, search",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",
 }

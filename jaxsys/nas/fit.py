@@ -84,7 +84,7 @@ class _Best(NamedTuple):
 def fit(
     predictor: Predictor,
     inputs: dict[str, Any],
-    targets: Float[np.ndarray, "N"],
+    targets: Float[np.ndarray, "N"] | Float[np.ndarray, "K N"],
     rows: Integer[np.ndarray, "K n"],
     config: FitConfig | None = None,
     *,
@@ -95,7 +95,7 @@ def fit(
     Args:
       predictor: from `predictor.make`.
       inputs: arrays with leading axis N.
-      targets: what is to be ranked, such as validation accuracy.
+      targets: what is to be ranked, such as validation accuracy; one for all seeds, or `[K, N]`.
       rows: the architectures that each seed trains on.
       config: losses, steps and rates.
       seed: of initialisation and order; seed k of the K uses `seed + k`.
@@ -103,15 +103,15 @@ def fit(
     Raises:
       UserError: for targets that are not finite or all equal, or a batch above n.
 
-    >>> from jaxsys.nas import predictor as pr
-    >>> p = pr.make("gcn", 0, pr.PredictorConfig(width=4))
-    >>> ops, y = np.arange(60).reshape(10, 6) % 5, np.arange(10.0)
-    >>> found = fit(p, {"ops": ops}, y, np.arange(10)[None], FitConfig(epochs=2, batch=5))
-    >>> found.losses.shape
-    (1, 2)
+    >>> line = Predictor(lambda key: jnp.zeros(1), lambda p, inputs, key: inputs["nodes"] @ p)
+    >>> x, y = np.arange(10.0)[:, None] - 4.5, np.arange(10.0)
+    >>> found = fit(line, {"nodes": x}, y, np.arange(10)[None], FitConfig(("mse",), lr=0.01))
+    >>> found.losses.shape, bool(found.losses[0, -1] < 0.01)
+    ((1, 300), True)
     """
     config = config or FitConfig()
-    y = np.asarray(targets, np.float64)[rows]
+    y = np.asarray(targets, np.float64)
+    y = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
     if not np.isfinite(y).all() or (np.ptp(y, axis=1) == 0).any():
         raise UserError(
             "the training targets hold a number that is not finite or are all equal; expected at "
@@ -209,12 +209,10 @@ def predict(
     Returns:
       Mean and standard deviation over draws, in units of the targets; the latter is 0 without.
 
-    >>> from jaxsys.nas import predictor as pr
-    >>> p = pr.make("gcn", 0, pr.PredictorConfig(width=4))
-    >>> ops, y = np.arange(60).reshape(10, 6) % 5, np.arange(10.0)
-    >>> found = fit(p, {"ops": ops}, y, np.arange(10)[None], FitConfig(epochs=2, batch=5))
-    >>> predict(p, found, {"ops": ops})[0].shape
-    (1, 10)
+    >>> line = Predictor(lambda key: jnp.zeros(1), lambda p, inputs, key: inputs["nodes"] @ p)
+    >>> fitted = Fitted(params=jnp.ones((1, 1)), mean=jnp.ones(1), std=jnp.ones(1), losses=None)
+    >>> predict(line, fitted, {"nodes": np.arange(3.0)[:, None]})[0].tolist()
+    [[1.0, 2.0, 3.0]]
     """
     keys = [None] if draws == 0 else list(jax.random.split(jax.random.key(seed), draws))
     n = len(next(iter(inputs.values())))
@@ -236,7 +234,7 @@ def predict(
 
 def boosted_trees(
     features: Float[np.ndarray, "N F"],
-    targets: Float[np.ndarray, "N"],
+    targets: Float[np.ndarray, "N"] | Float[np.ndarray, "K N"],
     rows: Integer[np.ndarray, "K n"],
 ) -> Float[np.ndarray, "K N"]:
     """Fit gradient-boosted trees with scikit-learn and predict every architecture.
@@ -256,7 +254,8 @@ def boosted_trees(
             "'vision'; run: pip install 'jaxsys[vision]'"
         ) from error
     found = []
-    for k, own in enumerate(rows):
+    wanted = np.broadcast_to(targets, (len(rows), len(features)))
+    for k, (own, y) in enumerate(zip(rows, wanted, strict=True)):
         model = GradientBoostingRegressor(
             n_estimators=300,
             learning_rate=0.05,
@@ -265,5 +264,5 @@ def boosted_trees(
             max_features="sqrt",
             random_state=k,
         )
-        found.append(model.fit(features[own], targets[own]).predict(features))
+        found.append(model.fit(features[own], y[own]).predict(features))
     return np.stack(found)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxsys.core.errors import UserError
-from jaxsys.nas import network
+from jaxsys.nas import network, slots
 from jaxsys.nas.network import NetworkConfig
 
 
@@ -46,7 +46,8 @@ def cell_model(arch: Any, config: NetworkConfig) -> Model:
     """Make the model of a NAS-Bench-201 cell; the cell may be traced.
 
     >>> model = cell_model(jnp.array([2, 0, 1, 3, 4, 2]), NetworkConfig(4, 1))
-    >>> model.logits(model.init(jax.random.key(0)), jnp.ones((2, 8, 8, 3))).shape
+    >>> params = model.init(jax.random.key(0))
+    >>> jax.eval_shape(model.logits, params, jnp.ones((2, 8, 8, 3))).shape
     (2, 10)
     """
 
@@ -56,11 +57,11 @@ def cell_model(arch: Any, config: NetworkConfig) -> Model:
     return Model(
         init=partial(network.init, config=config),
         logits=lambda params, images: forward(params, images).logits,
-        nodes=lambda tree, reduce=jnp.sum: network.nodes(tree, arch, reduce),
-        present=network.presence(arch, config),
+        nodes=lambda tree, reduce=jnp.sum: slots.nodes(tree, arch, reduce),
+        present=slots.presence(arch, config),
         forward=forward,
         gates=partial(network.ones_gates, config),
-        gate_nodes=network.gate_nodes,
+        gate_nodes=slots.gate_nodes,
         pull=partial(network.pull_blocks, arch),
     )
 

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from jaxsys.core.errors import UserError
 from jaxsys.nas.layers import conv3, mix, norm2d
-from jaxsys.nas.space import BY_TARGET, CONV1, CONV3, EDGES
+from jaxsys.nas.space import CONV1, CONV3, EDGES
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class Output(NamedTuple):
 Observe = Callable[[Any, Any, Site], Any]  # (inputs before ReLU, outputs, site) -> statistics
 
 
+@partial(jax.jit, static_argnums=1)
 def init(key: jax.Array, config: NetworkConfig) -> dict[str, Any]:
     """Draw weights uniformly within ±1/√fan_in, as PyTorch's layers do by default.
 
@@ -252,9 +252,8 @@ def apply(
     Returns:
       Logits and what was asked for.
 
-    >>> config = NetworkConfig(4, 1)
-    >>> params = init(jax.random.key(0), config)
-    >>> apply(params, jnp.array([2, 0, 1, 3, 4, 2]), jnp.ones((2, 8, 8, 3))).logits.shape
+    >>> params = init(jax.random.key(0), NetworkConfig(4, 1))
+    >>> jax.jit(apply)(params, jnp.array([2, 0, 1, 3, 4, 2]), jnp.ones((2, 4, 4, 3))).logits.shape
     (2, 10)
     """
     g: Any = gates or {"stem": None, "stages": {}, "reductions": {}, "head": None}
@@ -301,90 +300,6 @@ def _stacked(tree: Any) -> Any:
     return jax.tree.map(lambda v: v[None], tree)
 
 
-def gate_nodes(tree: dict[str, Any]) -> Float[Array, "S"]:
-    """Line up a tree shaped like the gates, less images and channels, in the order of slots.
-
-    >>> config = NetworkConfig(4, 1)
-    >>> gates = jax.tree.map(lambda v: v.mean((-2, -1)), ones_gates(config, 2))
-    >>> gate_nodes(gates).shape
-    (26,)
-    """
-    parts = [tree["stem"][None]]
-    for s in range(3):
-        parts.append(tree["stages"][str(s)].reshape(-1))
-        if s < 2:
-            parts.append(tree["reductions"][str(s)])
-    return jnp.concatenate([*parts, tree["head"][None]])
-
-
-def presence(arch: Any, config: NetworkConfig) -> Bool[Array, "S"]:
-    """Tell which slots hold a layer.
-
-    >>> int(presence(jnp.array([2, 0, 1, 3, 4, 2]), NetworkConfig()).sum())
-    53
-    """
-    conv = jnp.tile((arch == CONV3) | (arch == CONV1), config.cells)
-    one, three = jnp.ones(1, bool), jnp.ones(3, bool)
-    return jnp.concatenate([one, conv, three, conv, three, conv, one])
-
-
-def sizes(arch: Any, config: NetworkConfig) -> Float[Array, "S"]:
-    """Count the weights of each slot's layer, 0 where there is none.
-
-    >>> sizes(jnp.array([2, 0, 1, 3, 4, 2]), NetworkConfig())[:4].tolist()
-    [432.0, 2304.0, 0.0, 0.0]
-    """
-    ones = jax.eval_shape(lambda: init(jax.random.key(0), config))
-    return nodes(jax.tree.map(lambda v: jnp.ones(v.shape), ones), arch)
-
-
-def nodes(
-    tree: dict[str, Any], arch: Any, reduce: Callable[[Any], Any] = jnp.sum
-) -> Float[Array, "S"]:
-    """Reduce a tree shaped like the parameters to one number for each slot.
-
-    Args:
-      tree: per-weight scores.
-      arch: which of an edge's two weights counts.
-      reduce: `array -> scalar`, applied to each layer's weights (biases and norms left out).
-
-    Returns:
-      Values, 0 where there is no layer.
-
-    >>> config = NetworkConfig(4, 1)
-    >>> nodes(init(jax.random.key(0), config), jnp.zeros(6, jnp.int32)).shape
-    (26,)
-    """
-    parts = [reduce(tree["stem"]["w"])[None]]
-    each = jax.vmap(jax.vmap(reduce))
-    for s in range(3):
-        stage = tree["stages"][str(s)]
-        three, one = each(stage["w3"]), each(stage["w1"])
-        held = jnp.broadcast_to(arch, three.shape)
-        chosen = jnp.where(held == CONV3, three, jnp.where(held == CONV1, one, 0))
-        parts.append(chosen.reshape(-1))
-        if s < 2:
-            p = tree["reductions"][str(s)]
-            parts.append(jnp.stack([reduce(p[name]["w"]) for name in ("a", "b", "down")]))
-    return jnp.concatenate([*parts, reduce(tree["head"]["w"])[None]])
-
-
-def packed_order(config: NetworkConfig) -> np.ndarray:
-    """Return the slots in the order of the released code: edges of a cell by target node.
-
-    >>> packed_order(NetworkConfig(4, 1))[:7].tolist()
-    [0, 1, 2, 4, 3, 5, 6]
-    """
-    order = [0]
-    for s in range(3):
-        for _ in range(config.cells):
-            first = len(order)
-            order += [first + e for e in BY_TARGET]
-        if s < 2:
-            order += range(len(order), len(order) + 3)
-    return np.array([*order, len(order)])
-
-
 def pull_blocks(
     arch: Any, params: dict[str, Any], features: Any, cotangents: Any
 ) -> list[tuple[Any, Any]]:
@@ -401,8 +316,8 @@ def pull_blocks(
 
     >>> config, arch = NetworkConfig(4, 1), jnp.array([2, 0, 1, 3, 4, 2])
     >>> params = init(jax.random.key(0), config)
-    >>> features = apply(params, arch, jnp.ones((2, 8, 8, 3))).features
-    >>> len(pull_blocks(arch, params, features, features[1:]))
+    >>> features = jax.eval_shape(apply, params, arch, jnp.ones((2, 4, 4, 3))).features
+    >>> len(jax.eval_shape(pull_blocks, arch, params, features, features[1:]))
     5
     """
     cells, pulled, at = params["stages"]["0"]["w1"].shape[0], [], 0

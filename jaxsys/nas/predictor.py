@@ -125,7 +125,8 @@ class GraphMabn(nnx.Module):
     not read.
 
     >>> inputs = {"nodes": jnp.ones((2, 30)), "ops": jnp.zeros((2, 6), int)}
-    >>> GraphMabn(30, PredictorConfig(width=8), rngs=nnx.Rngs(0))(inputs).shape
+    >>> model = GraphMabn(30, PredictorConfig(width=8, depth=1), rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(model, inputs).shape
     (2,)
     """
 
@@ -266,7 +267,8 @@ def _mixer(features: int, config: PredictorConfig, rngs: nnx.Rngs) -> Mixer:
 def _laplacian_vectors() -> np.ndarray:
     """Return the eigenvectors of the normalised Laplacian of the undirected graph, [6, 6]."""
     near = np.maximum(ADJACENCY, ADJACENCY.T)
-    scale = 1 / np.sqrt(near.sum(1))
+    # The edge from input to output has no neighbour: its row of the Laplacian is the identity's.
+    scale = 1 / np.sqrt(np.maximum(near.sum(1), 1))
     _, vectors = np.linalg.eigh(np.eye(6) - near * scale[:, None] * scale[None, :])
     # The sign of an eigenvector is arbitrary: make the largest entry positive.
     largest = np.abs(vectors).argmax(0)

@@ -75,7 +75,7 @@ def naswot(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> Scor
 
     >>> from jaxsys.nas.model import dense_model
     >>> m = dense_model()
-    >>> x = jax.random.normal(jax.random.key(1), (4, 1, 1, 3))
+    >>> x = jax.random.normal(jax.random.key(1), (2, 1, 1, 3))
     >>> bool(naswot(m, m.init(jax.random.key(0)), x, None, None).total > 0)
     True
     """
@@ -123,11 +123,14 @@ def zen(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> Score:
         mean = jnp.mean(y, (0, 1, 2), keepdims=True)
         return jnp.mean(jnp.square(y - mean)) if site.norm else jnp.ones(())
 
-    out = forward(gaussian, x, observe=variance)
-    other = forward(gaussian, near)
-    gap = jnp.sum(jnp.abs(jax.nn.relu(out.map) - jax.nn.relu(other.map)), (1, 2, 3))
-    positive = model.present & (out.observed > 0)
-    logs = masked(0.5 * jnp.log(jnp.where(positive, out.observed, 1.0)), positive)
+    def one(inputs: Any) -> Any:
+        out = forward(gaussian, inputs, observe=variance)
+        return jax.nn.relu(out.map), out.observed
+
+    maps, observed = jax.lax.map(one, jnp.stack([x, near]))  # compiled once for both
+    gap = jnp.sum(jnp.abs(maps[0] - maps[1]), (1, 2, 3))
+    positive = model.present & (observed[0] > 0)
+    logs = masked(0.5 * jnp.log(jnp.where(positive, observed[0], 1.0)), positive)
     return Score(jnp.log(jnp.mean(gap) + 1e-12) + jnp.sum(logs), logs)
 
 

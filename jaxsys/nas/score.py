@@ -134,6 +134,7 @@ def score_block(
       `(archs [N, ...], images, labels) -> {name: (total [N, K], nodes [N, K, S])}`. N must be a
       multiple of the local devices.
 
+    >>> from functools import partial
     >>> from jaxsys.nas.model import cell_model
     >>> from jaxsys.nas.network import NetworkConfig
     >>> make = partial(cell_model, config=NetworkConfig(4, 1))
@@ -202,6 +203,7 @@ def score_all(
     Raises:
       UserError: if the folder belongs to a run with other settings.
 
+    >>> from functools import partial
     >>> from jaxsys.nas.model import cell_model
     >>> from jaxsys.nas.network import NetworkConfig
     >>> make, x = partial(cell_model, config=NetworkConfig(4, 1)), np.ones((1, 8, 8, 3), np.float32)

@@ -192,3 +192,14 @@ def reaches(ops: Sequence[int] | np.ndarray) -> Bool[np.ndarray, "... 6"]:
         backward[node] = np.any([live[..., e] & backward[EDGES[e][1]] for e in out], 0)
     used = [live[..., e] & forward[a] & backward[b] for e, (a, b) in enumerate(EDGES)]
     return np.stack(used, -1)
+
+
+def canonical(ops: Sequence[int] | np.ndarray) -> Integer[np.ndarray, "... 6"]:
+    """Replace operations that change nothing by `none`.
+
+    >>> canonical([2, 1, 1, 3, 2, 2]).tolist()
+    [2, 1, 1, 3, 2, 2]
+    >>> canonical([2, 1, 1, 1, 1, 2]).tolist()
+    [1, 1, 1, 1, 1, 1]
+    """
+    return np.where(reaches(ops), check_ops(ops), NONE).astype(np.int32)

@@ -30,9 +30,8 @@ class EvolveConfig:
       population: P.
       tournament: share of the population that a tournament draws.
       crossover: probability that a child takes a subtree of a second parent.
-      mutation: probability that a child's symbols are redrawn, each with probability ½ among
-        symbols of the same arity... see `node_rate`.
-      node_rate: probability for each symbol of a child that mutates.
+      mutation: probability that a child mutates.
+      node_rate: probability that a symbol of such a child is redrawn among those of its arity.
       elites: best individuals that stay.
       mode: generational (all children replace all but the elites) or steady (children replace the
         worst if they are better).
@@ -235,7 +234,7 @@ def valid(grammar: Grammar, programs: Any) -> Bool[np.ndarray, "..."]:
     needed = np.where(p > 0, np.maximum(grammar.arities[p], 0), 0)
     before = np.concatenate([np.zeros_like(heights[..., :1]), heights[..., :-1]], -1)
     dense = np.diff((p > 0).astype(int), axis=-1).max(-1, initial=-1) <= 0
-    return (
+    return np.asarray(
         (before >= needed).all(-1)
         & (heights[..., -1] == 1)
         & (heights.max(-1) <= grammar.height)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxsys.core.errors import UserError
@@ -18,7 +19,9 @@ from jaxsys.search.programs import Grammar
 
 
 def run(
-    grammar: Grammar, program: Int[Array, "L"], inputs: Mapping[str, Float[Array, "..."]]
+    grammar: Grammar,
+    program: Int[Array | np.ndarray, "L"],
+    inputs: Mapping[str, Float[Array | np.ndarray, "..."]],
 ) -> Float[Array, "..."]:
     """Run one program.
 
@@ -93,7 +96,7 @@ def _repeats(own: tuple[int, ...], full: tuple[int, ...]) -> tuple[float, ...]:
 
 def run_many(
     grammar: Grammar,
-    programs: Int[Array, "P L"],
+    programs: Int[Array | np.ndarray, "P L"],
     inputs: Mapping[str, Any],
     *,
     batching: Literal["map", "vmap"] | None = None,

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxsys.nas import layers, network, space
+from jaxsys.nas import layers, network, slots, space
 from jaxsys.nas.network import NetworkConfig
 
 CONFIG = NetworkConfig(channels=4, cells=1)
-IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
-ARCHS = jnp.array([[2, 0, 1, 3, 4, 2], [3, 3, 2, 2, 3, 1], [0, 0, 0, 4, 4, 0]])
+IMAGES = jax.random.normal(jax.random.key(1), (3, 4, 4, 3))
+CELLS = ((2, 0, 1, 3, 4, 2), (3, 3, 2, 2, 3, 1), (0, 0, 0, 4, 4, 0))
+ARCHS = jnp.array(CELLS)
 
 
 def conv(x, w, stride=1):
@@ -50,7 +51,7 @@ def plain(params, ops, images):
             node = {1: x, 2: 0.0, 3: 0.0, 4: 0.0}
             for e, (a, b) in enumerate(space.EDGES):
                 p = {k: v[n, e] for k, v in stage.items()}
-                node[b] = node[b] + edge(int(ops[e]), node[a], p)
+                node[b] = node[b] + edge(ops[e], node[a], p)
             x = node[4]
         if s < 2:
             p = params["reductions"][str(s)]
@@ -67,14 +68,21 @@ def params():
     return network.init(jax.random.key(0), CONFIG)
 
 
+LOGITS = jax.jit(lambda params, arch: network.apply(params, arch, IMAGES).logits)
+
+
+@jax.jit
+@jax.value_and_grad
+def ours(p, arch):
+    return jnp.sum(jnp.sin(network.apply(p, arch, IMAGES).logits))
+
+
 @pytest.mark.parametrize("i", range(3))
 def test_logits_and_gradients_equal_plain_code(params, i):
-    def loss(f):
-        return lambda p: jnp.sum(jnp.sin(f(p)))
+    def theirs(p):
+        return jnp.sum(jnp.sin(plain(p, CELLS[i], IMAGES)))
 
-    ours = loss(lambda p: network.apply(p, ARCHS[i], IMAGES).logits)
-    theirs = loss(lambda p: plain(p, np.asarray(ARCHS[i]), IMAGES))
-    a, ga = jax.jit(jax.value_and_grad(ours))(params)
+    a, ga = ours(params, ARCHS[i])
     b, gb = jax.jit(jax.value_and_grad(theirs))(params)
     np.testing.assert_allclose(a, b, rtol=1e-4)
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
@@ -82,28 +90,31 @@ def test_logits_and_gradients_equal_plain_code(params, i):
 
 
 def test_vmap_over_architectures_equals_map(params):
-    one = jax.jit(lambda arch: network.apply(params, arch, IMAGES).logits)
     many = jax.jit(jax.vmap(lambda arch: network.apply(params, arch, IMAGES).logits))
-    np.testing.assert_allclose(many(ARCHS), jnp.stack([one(a) for a in ARCHS]), atol=2e-4)
-    assert one._cache_size() == 1  # the architecture is data
+    one = np.stack([LOGITS(params, a) for a in ARCHS])
+    np.testing.assert_allclose(many(ARCHS), one, atol=2e-4)
+    assert LOGITS._cache_size() == 1  # the architecture is data
 
 
 def test_gates_scale_the_channels_of_their_layer(params):
-    arch = ARCHS[0]
     gates = network.ones_gates(CONFIG, 3)
-    plain_logits = network.apply(params, arch, IMAGES).logits
-    same = network.apply(params, arch, IMAGES, gates=gates).logits
-    np.testing.assert_allclose(same, plain_logits, atol=1e-5)
-    doubled = network.apply(params, arch, IMAGES, gates=gates | {"head": 2 * gates["head"]}).logits
+    run = jax.jit(lambda g: network.apply(params, ARCHS[0], IMAGES, gates=g).logits)
+    plain_logits = LOGITS(params, ARCHS[0])
+    np.testing.assert_allclose(run(gates), plain_logits, atol=1e-5)
+    doubled = run(gates | {"head": 2 * gates["head"]})
     bias = params["head"]["bias"]
     np.testing.assert_allclose(doubled - bias[None], 2 * (plain_logits - bias[None]), atol=1e-4)
 
 
 def test_without_norms_the_scale_is_only_moved(params):
     absolute = jax.tree.map(jnp.abs, params)
-    out = network.apply(absolute, ARCHS[1], IMAGES[:1] * 0 + 1, norm=False)
-    larger = network.apply(absolute, ARCHS[1], IMAGES[:1] * 0 + 8, norm=False)
-    total, other = (jnp.log(o.logits.sum()) + o.log_scale for o in (out, larger))
+
+    @jax.jit
+    def log_total(images):
+        out = network.apply(absolute, ARCHS[1], images, norm=False)
+        return jnp.log(out.logits.sum()) + out.log_scale
+
+    total, other = (log_total(np.full((1, 4, 4, 3), v, np.float32)) for v in (1, 8))
     np.testing.assert_allclose(other - total, np.log(8), atol=1e-4)
 
 
@@ -111,19 +122,22 @@ def test_observations_stand_in_their_slots(params):
     def count(x, y, site):
         return jnp.float32(y.shape[-1])
 
-    seen = network.apply(params, ARCHS[0], IMAGES, observe=count).observed
+    seen = jax.jit(lambda: network.apply(params, ARCHS[0], IMAGES, observe=count).observed)()
     assert seen.shape == (CONFIG.slots,)
-    assert ((seen > 0) == network.presence(ARCHS[0], CONFIG)).all()
+    assert ((seen > 0) == slots.presence(ARCHS[0], CONFIG)).all()
 
 
 def test_pulling_back_is_the_transpose(params):
-    arch = ARCHS[0]
-    features = network.apply(params, arch, IMAGES).features
-    ones = [jnp.ones_like(f) for f in features[1:]]
-    pulled = network.pull_blocks(arch, params, features, ones)
-    p = jax.tree.map(lambda v: v[0], params["stages"]["0"])
-    _, back = jax.vjp(lambda x: network.cell(p, arch, x)[0], features[0])
-    np.testing.assert_allclose(pulled[0][1], back(ones[0])[0], atol=1e-3)
+    @jax.jit
+    def both():
+        features = network.apply(params, ARCHS[0], IMAGES).features
+        ones = [jnp.ones_like(f) for f in features[1:]]
+        pulled = network.pull_blocks(ARCHS[0], params, features, ones)
+        p = jax.tree.map(lambda v: v[0], params["stages"]["0"])
+        _, back = jax.vjp(lambda x: network.cell(p, ARCHS[0], x)[0], features[0])
+        return pulled[0][1], back(ones[0])[0]
+
+    np.testing.assert_allclose(*both(), atol=1e-3)
 
 
 @pytest.mark.parametrize("op", range(5))

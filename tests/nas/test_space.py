@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxsys.core.errors import UserError
-from jaxsys.nas import network, space
+from jaxsys.nas import network, slots, space
 
 CELLS = st.tuples(*[st.integers(0, 4)] * 6)
 
@@ -66,7 +66,7 @@ def test_mistakes_are_told(call, says):
 
 
 def test_packed_order_lists_edges_by_target():
-    order = network.packed_order(network.NetworkConfig())
+    order = slots.packed_order(network.NetworkConfig())
     assert sorted(order) == list(range(98))
     targets = [space.EDGES[(slot - 1) % 6][1] for slot in order[1:7]]
     assert targets == sorted(targets)
@@ -74,8 +74,8 @@ def test_packed_order_lists_edges_by_target():
 
 def test_slots_hold_the_table_s_weights():
     ops = jnp.array([2, 0, 1, 3, 4, 2])
-    sizes = network.sizes(ops, network.NetworkConfig())
+    sizes = slots.sizes(ops, network.NetworkConfig())
     convs = 5 * 5376 * (2 * 9 + 1)
     fixed = 27 * 16 + 9 * 16 * 32 + 9 * 32 * 32 + 512 + 9 * 32 * 64 + 9 * 64 * 64 + 2048 + 640
     assert int(sizes.sum()) == convs + fixed
-    assert (sizes > 0).tolist() == network.presence(ops, network.NetworkConfig()).tolist()
+    assert (sizes > 0).tolist() == slots.presence(ops, network.NetworkConfig()).tolist()
