@@ -21,9 +21,10 @@ WITHOUT_EXAMPLE = {
     "jaxsys/localsgd/figures.py:compare_figure": "needs the record of such a run",
     "jaxsys/localsgd/figures.py:measured_spans": "needs the record of such a run",
     "jaxsys/localsgd/job.py:run": "is the program of a worker process",
-    "jaxsys/localsgd/profile.py:measure_compute": "times a job that is running",
-    "jaxsys/localsgd/profile.py:measure_link": "times a job that is running",
-    "jaxsys/localsgd/profile.py:measure_weather": "times a job that is running",
+    "jaxsys/localsgd/profiling.py:measure_compute": "times a job that is running",
+    "jaxsys/localsgd/profiling.py:measure_link": "times a job that is running",
+    "jaxsys/localsgd/profiling.py:measure_sharing": "times a job that is running",
+    "jaxsys/localsgd/profiling.py:measure_weather": "times a job that is running",
     "jaxsys/localsgd/supervise.py:run_workers": "starts worker processes",
     "jaxsys/localsgd/worker.py:main": "is the program of a worker process",
 }

@@ -96,7 +96,7 @@ def jaxsys_contenders(job: dict[str, Any]) -> dict[str, Block]:
 
     from jaxsys.core.cost import LinearCost, PoorFitError
     from jaxsys.core.mesh import device_pair
-    from jaxsys.localsgd import host, profile
+    from jaxsys.localsgd import host, profile, profiling
     from jaxsys.localsgd.layers import layer_bytes
     from jaxsys.localsgd.step import Due, due
     from jaxsys.localsgd.strategy import choose
@@ -118,10 +118,10 @@ def jaxsys_contenders(job: dict[str, Any]) -> dict[str, Block]:
             setup.loss_fn, optimizer, setup.layers, presets[name], staged, wire
         )
 
-    compute = profile.measure_compute(build("wfbp"), staged, params, batch, wire)
+    compute = profiling.measure_compute(build("wfbp"), staged, params, batch, wire)
     sizes = [n // 4 for n in layer_bytes(params, setup.layers)]
     try:
-        link, _ = profile.measure_link(wire, min(sizes), sum(sizes))
+        link, _ = profiling.measure_link(wire, min(sizes), sum(sizes))
     except PoorFitError:  # an unshaped loopback; all workers see the same points, so all do this
         link = LinearCost(0.0, 8e-9, 1.0, 0.0, 2)
     measured = profile.make_profile(setup.layers, params, compute, link, wire.workers)

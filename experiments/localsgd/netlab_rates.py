@@ -35,7 +35,7 @@ def run(rates: list[str], request: Comparison, out: Path) -> list[dict]:
             record, job = compare(one)
         figures.compare_figure(record, job.strategies, out / f"period_{rate}.png")
         profile = record.profile
-        compute_s = sum(profile.forward_s) + sum(profile.backward_s) + profile.tail_s
+        compute_s = profile.compute_s
         whole_s = profile.message_s(sum(profile.elements))
         results.append(
             {
@@ -46,6 +46,8 @@ def run(rates: list[str], request: Comparison, out: Path) -> list[dict]:
                 "communication / (period x step)": whole_s / (job.block * compute_s),
                 "alpha_s": profile.link.alpha_s,
                 "r2": profile.link.r2,
+                "jitter_s": profile.jitter_s,
+                "sharing": profile.sharing,
                 "rows": record.rows(),
                 "table": record.table(),
             }
@@ -149,8 +151,9 @@ def main() -> None:
         text += [
             f"## {r['label']}\n",
             f"Compute {r['compute_s']:.3f} s a step, whole model {r['whole_model_s']:.3f} s on the "
-            f"wire (alpha {r['alpha_s'] * 1e3:.1f} ms, r2 {r['r2']:.3f}): communication is "
-            f"{r['communication / (period x step)']:.2f} of period x step.\n",
+            f"wire (alpha {r['alpha_s'] * 1e3:.1f} ms, r2 {r['r2']:.3f}), jitter "
+            f"{r['jitter_s'] * 1e3:.0f} ms a step, {r['sharing']:.2f} s of compute lost per "
+            f"second of communication behind it; communication is {r['communication / (period x step)']:.2f} of period x step.\n",
             markdown_table(r["table"]),
         ]
     text += ["## Against what was asked\n", markdown_table(summary(results))]

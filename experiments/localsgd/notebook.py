@@ -37,7 +37,8 @@ from jaxsys.data import python_docs
 from jaxsys.localsgd.host import cut_loss, overlapped_local_sgd
 from jaxsys.localsgd.layers import find_layers, layer_bytes
 from jaxsys.localsgd.plan import plan_sync
-from jaxsys.localsgd.profile import make_profile, measure_compute
+from jaxsys.localsgd.profile import make_profile
+from jaxsys.localsgd.profiling import measure_compute
 from jaxsys.localsgd.simulate import mean_params, simulate
 from jaxsys.localsgd.strategy import choose
 from jaxsys.localsgd.wire import Wire

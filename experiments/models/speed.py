@@ -176,7 +176,7 @@ def rows_of(model: str, precision: str, found: dict[str, Any], n_bytes: int) -> 
             row["× decode"] = f"{ratio(decode, timing('', ours['decode'])):.2f}"
             prefill = ratio(timing("", them["prefill"]), timing("", ours["prefill"]))
             row["× prefill"] = f"{prefill:.2f}"
-            row["× load"] = f"{np.median(them['load']) / np.median(ours['load']):.1f}"
+            row["× load"] = f"{np.median(them['load']) / np.median(ours['load']):.2g}"
         rows.append(row)
     return rows
 

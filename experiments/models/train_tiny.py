@@ -213,9 +213,9 @@ tokens. The text is the Python Software Foundation's, under the PSF licence.
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the shipped model.")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "jaxsys/models/tiny")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/train_tiny")

@@ -22,7 +22,7 @@ from jaxsys.core.errors import UserError
 from jaxsys.core.graph import StagedLoss
 from jaxsys.core.mesh import REPLICA, device_pair, on_cpu
 from jaxsys.core.report import atomic_write
-from jaxsys.localsgd import host, profile
+from jaxsys.localsgd import host, profile, profiling
 from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.exchange import divergence
 from jaxsys.localsgd.fused import fused_local_sgd
@@ -207,7 +207,7 @@ def _profile(
                 "this model, or plan with the model of the profile"
             )
         return found
-    compute = profile.measure_compute(
+    compute = profiling.measure_compute(
         one,
         staged,
         params,
@@ -217,11 +217,14 @@ def _profile(
         on_round=lambda k: emit({"event": "profile", "compute": k}),
     )
     sizes = [n // 4 for n in layer_bytes(params, setup.layers)]
-    link, points = profile.measure_link(
+    link, points = profiling.measure_link(
         wire, min(sizes), sum(sizes), on_round=lambda k: emit({"event": "profile", "link": k})
     )
     emit({"event": "link", "points": points, **link.to_dict()})
-    return profile.make_profile(setup.layers, params, compute, link, wire.workers)
+    found = profile.make_profile(setup.layers, params, compute, link, wire.workers)
+    batch = setup.train.batch_at(0)
+    sharing = profiling.measure_sharing(one, params, batch, wire, found.message_s, found.compute_s)
+    return dataclasses.replace(found, sharing=sharing)
 
 
 def _profile_file(job: Job) -> Path:
@@ -258,7 +261,7 @@ def _train(
 
     weather: list[profile.Weather] = []
     if idle is not None:
-        alone, _ = profile.measure_weather(
+        alone, _ = profiling.measure_weather(
             idle, idle.init(params, key), [setup.train.batch_at(0)], wire
         )
 
@@ -276,7 +279,7 @@ def _train(
             emit({"event": "block", "strategy": turn.name, "first": first, **block})
         if idle is not None:
             batches = map(setup.train.batch_at, steps)
-            alone, found = profile.measure_weather(idle, alone, batches, wire)
+            alone, found = profiling.measure_weather(idle, alone, batches, wire)
             weather.append(found)
             emit({"event": "weather", "first": first, **found._asdict()})
         done = steps[-1] + 1

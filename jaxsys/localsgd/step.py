@@ -289,9 +289,7 @@ def apply_due(
     )
 
 
-def scatter(
-    vector: jax.Array, group: Sequence[int], sizes: Sequence[int]
-) -> dict[int, jax.Array]:
+def scatter(vector: jax.Array, group: Sequence[int], sizes: Sequence[int]) -> dict[int, jax.Array]:
     """Cut the message of a group into the vectors of its layers.
 
     Args:

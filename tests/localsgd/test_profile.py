@@ -1,5 +1,7 @@
 """What a profile predicts: jitter costs those who wait in every step; a run's own times rescale."""
 
+import dataclasses
+
 import pytest
 
 from jaxsys.core.cost import LinearCost
@@ -27,6 +29,16 @@ def test_a_run_that_met_what_was_measured_predicts_the_same():
         plan = SHAKY.plan(strategy)
         assert same.plan(strategy).predicted_s == pytest.approx(plan.predicted_s)
         assert twice.plan(strategy, plan.phases).predicted_s == pytest.approx(2 * plan.predicted_s)
+
+
+def test_what_hides_behind_compute_slows_it_by_its_share():
+    shared = dataclasses.replace(STILL, sharing=0.5)
+    for strategy in presets(2).values():
+        alone, plan = STILL.plan(strategy), shared.plan(strategy)
+        assert (plan.phases, plan.wait_s) == (alone.phases, alone.wait_s)
+        hidden_s = (sum(plan.comm_s) - sum(plan.wait_s)) / 2 if len(plan.phases) == 2 else None
+        if hidden_s is not None:
+            assert plan.predicted_s == pytest.approx(alone.predicted_s + 0.5 * hidden_s)
 
 
 def test_it_survives_its_json():

@@ -48,8 +48,8 @@ def _loss(params, tokens):
     return lm.loss(params, CONFIG, tokens)
 
 
-def _optimizer():
-    return adamw(1e-2, warmup_steps=2, total_steps=STEPS, clip_norm=1.0)
+# One object, so that a run, its killed copy and the rest of that share a compiled step.
+OPTIMIZER = adamw(1e-2, warmup_steps=2, total_steps=STEPS, clip_norm=1.0)
 
 
 def _equal(a, b):
@@ -61,7 +61,7 @@ def test_a_killed_and_resumed_run_is_the_whole_one(name, params, stream, tmp_pat
     recipe = RECIPES[name]
     before = {path: np.array(x) for path, x in weights(params).items()}
     log = tmp_path / "log.jsonl"
-    whole = finetune(params, _loss, stream.batch_at, _optimizer(), recipe, writer=JsonLines(log))
+    whole = finetune(params, _loss, stream.batch_at, OPTIMIZER, recipe, writer=JsonLines(log))
     assert whole.losses[-1] < whole.losses[0]
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["loss"] for row in rows] == list(whole.losses)
@@ -76,13 +76,13 @@ def test_a_killed_and_resumed_run_is_the_whole_one(name, params, stream, tmp_pat
 
     store = RunStore(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        finetune(params, _loss, killed_at, _optimizer(), recipe, store=store)
+        finetune(params, _loss, killed_at, OPTIMIZER, recipe, store=store)
     assert store.latest() == 2
-    rest = finetune(params, _loss, stream.batch_at, _optimizer(), recipe, store=store)
+    rest = finetune(params, _loss, stream.batch_at, OPTIMIZER, recipe, store=store)
     assert rest.losses == whole.losses[3:]
     _equal(rest.params, whole.params)
     # A finished run has nothing left to do, and gives what it came to.
-    again = finetune(params, _loss, stream.batch_at, _optimizer(), recipe, store=store)
+    again = finetune(params, _loss, stream.batch_at, OPTIMIZER, recipe, store=store)
     assert again.losses == ()
     _equal(again.adapters, whole.adapters)
 
@@ -110,7 +110,7 @@ def test_gradients_beside_codes_are_those_beside_their_dequantised_copy(bits, pa
 
 def test_a_checkpoint_of_another_run_is_refused(params, stream, tmp_path):
     store = RunStore(tmp_path)
-    args = (params, _loss, stream.batch_at, _optimizer())
+    args = (params, _loss, stream.batch_at, OPTIMIZER)
     finetune(*args, Recipe(1, rank=4), store=store, meta={"text": "a", "split": (1, 2)})
     finetune(*args, Recipe(1, rank=4), store=store, meta={"text": "a", "split": (1, 2)})
     with pytest.raises(UserError, match="with text 'a' and this one has 'b'"):
@@ -126,7 +126,7 @@ def test_a_loss_that_is_no_number_stops_the_run(params, stream, tmp_path):
             params,
             lambda p, tokens: _loss(p, tokens) * jnp.nan,
             stream.batch_at,
-            _optimizer(),
+            OPTIMIZER,
             Recipe(2, save_every=1),
             store=store,
         )

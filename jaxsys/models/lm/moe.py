@@ -1,9 +1,10 @@
 """Mixtures of experts: choosing experts per token, and running each on its own tokens only.
 
 Experts are separate arrays, as in the checkpoint, and each runs under a switch over a few row
-counts: none of the work if nobody chose it, else a product just large enough for its tokens. One
-token thus reads only the experts it visits, and a long prompt costs little more than its share;
-the result is exact whatever the load.
+counts: none of the work if nobody chose it, else a product just large enough for its tokens; a
+single token switches over the experts instead, once for each that it visits. One token thus reads
+only those, and a long prompt costs little more than its share; the result is exact whatever the
+load.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ from jaxsys.models.lm.config import LMConfig
 from jaxsys.models.lm.layout import Layout, expert_roles, subtree
 from jaxsys.models.lm.linear import ACTIVATIONS, linear
 from jaxsys.models.lm.taps import Probe
+
+# One token is worth a switch over all experts for each that it visits, unless compiling so many
+# branches takes longer than it saves.
+MOST_BRANCHES = 64
 
 
 def route(
@@ -141,6 +146,8 @@ def mixture(
     experts = subtree(params, f"{layout.moe}.experts")
     if probe.inside(".experts."):
         y = _all_rows(params, config, layout, x, weights, chosen, probe)
+    elif logits.shape[0] == 1 and config.experts * config.experts_per_token <= MOST_BRANCHES:
+        y = _one_row(experts, config, expert_roles(layout), x, weights[0], chosen[0])
     else:
         y = _own_rows(experts, config, expert_roles(layout), x, weights, chosen)
     return probe(f"{layout.moe}:out", y)
@@ -159,6 +166,18 @@ def _all_rows(params, config, layout, x, weights, chosen, probe) -> Array:
         out = feed_forward(params, config, names, own, probe)
         y = y + out * jnp.sum(weights * here, axis=-1, keepdims=True).astype(x.dtype)
     return y
+
+
+def _one_row(experts, config, names, x, weights, chosen) -> Array:
+    runs = [
+        lambda row, expert=experts[str(e)]: feed_forward(expert, config, names, row, Probe((), ()))
+        for e in range(config.experts)
+    ]
+    outs = [
+        jax.lax.switch(chosen[j], runs, x) * weights[j].astype(x.dtype)
+        for j in range(config.experts_per_token)
+    ]
+    return sum(outs[1:], outs[0])
 
 
 def _own_rows(experts, config, names, x, weights, chosen) -> Array:

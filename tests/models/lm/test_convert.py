@@ -1,9 +1,7 @@
 """Conversion keeps every number; loading and converting take the memory of one tensor."""
 
+import importlib.util
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -16,71 +14,35 @@ from jaxsys.models import lm
 
 CONFIG = lm.LMConfig("llama", 61, 32, 2, 4, 2, 8, 48, 64, bos_id=1, eos_ids=(2,))
 
-MEASURE = """
-import sys, threading, time
-from pathlib import Path
-import jax, numpy as np
-from jaxsys.core.tree import flatten
-from jaxsys.models import lm
 
-def anonymous_bytes():
-    line = next(t for t in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in t)
-    return int(line.split()[1]) * 1024
-
-def watch():
-    while running:
-        peaks.append(anonymous_bytes())
-        time.sleep(0.0005)
-
-source, target = sys.argv[1:]
-jax.block_until_ready(jax.device_put(np.ones(16)))
-lm.load_config(source)
-running, peaks = True, [anonymous_bytes()]
-watcher = threading.Thread(target=watch)
-watcher.start()
-if target:
-    files = lm.convert(source, target, dtype="float16")
-else:
-    params = jax.block_until_ready(lm.load(source)[0])
-peaks.append(anonymous_bytes())
-running = False
-watcher.join()
-if not target:  # and the numbers are there
-    assert float(np.asarray(flatten(params)["model.norm.weight"])[0]) == 1.0
-print(max(peaks) - peaks[0])
-"""
+@pytest.fixture(scope="module")
+def memory():
+    path = Path(__file__).parents[3] / "experiments" / "models" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_experiment", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
+def sharded(memory, tmp_path_factory) -> tuple[Path, int]:
     """Write about 120 MB in shards of at most 25 MB, its largest tensor 8 MB."""
     folder = tmp_path_factory.mktemp("sharded")
-    config = lm.LMConfig("llama", 4096, 512, 8, 8, 8, 64, 1408, 64)
-    named = lm.shapes(config)
-    assert max(leaf.size for leaf in named.values()) * 4 == 8 << 20
-    files = lm.write_folder(
-        folder, config, named, lambda n: np.ones(named[n].shape, np.float32), 25_000_000
-    )
-    assert len(files) > 5
-    assert sum(file.stat().st_size for file in files) > 110_000_000
-    return folder
+    sizes = memory.write(folder, memory.SMALL, 25_000_000)
+    assert sizes["shards"] >= 5
+    assert sizes["file_bytes"] > 110_000_000
+    assert sizes["tensor_bytes"] == 8 << 20
+    return folder, sizes["tensor_bytes"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("what", ["load", "convert"])
-def test_no_more_than_one_tensor_is_in_anonymous_memory(sharded, tmp_path, what):
-    target = str(tmp_path / "out") if what == "convert" else ""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), str(sharded), target],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    assert int(done.stdout) <= 8 << 20
+def test_no_more_than_one_tensor_is_in_anonymous_memory(memory, sharded, tmp_path, what):
+    folder, tensor_bytes = sharded
+    found = memory.measure(folder, tmp_path / "out" if what == "convert" else None)
+    assert found["peak_bytes"] <= tensor_bytes
 
 
 def test_converted_to_another_dtype(tmp_path):

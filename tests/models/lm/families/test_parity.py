@@ -99,8 +99,67 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
         BASE | QWEN_MOE | {"use_sliding_window": True, "sliding_window": 5},
     ),
 }
+
+
+def drawn(kind: str, seed: int) -> tuple[str, dict[str, Any]]:
+    """Draw a small config: widths, head counts, tied or not, with biases or without."""
+    rng = np.random.default_rng([seed, *kind.encode()])
+
+    def one_of(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    def coin() -> bool:
+        return bool(rng.integers(2))
+
+    heads, width = one_of(2, 4, 6), one_of(8, 10, 16)
+    sizes = {
+        "hidden_size": heads * width,
+        "intermediate_size": one_of(20, 36, 50),
+        "num_hidden_layers": one_of(1, 2, 3),
+        "num_attention_heads": heads,
+        "tie_word_embeddings": coin(),
+    }
+    if kind in ("gpt2", "gptj"):
+        sizes = {"n_embd": heads * width, "n_head": heads, "n_layer": one_of(1, 2)}
+        sizes |= {"n_inner": one_of(None, 36), "tie_word_embeddings": coin()}
+        base = GPT | sizes
+        return kind, base | ({"rotary_dim": one_of(2, 4, 8)} if kind == "gptj" else {})
+    if kind == "gpt_neox":
+        choice = {"use_parallel_residual": coin(), "attention_bias": coin()}
+        part = one_of(0.25, 0.5, 1.0)
+        rope = {"rope_type": "default", "partial_rotary_factor": part, "rope_theta": 10000.0}
+        # Half a head's part must be whole pairs.
+        rope["partial_rotary_factor"] = part if width * part % 2 == 0 else 1.0
+        return kind, NEOX | sizes | choice | {"rope_parameters": rope}
+    if kind == "opt":
+        sizes["ffn_dim"] = sizes.pop("intermediate_size")
+        choice = {"enable_bias": coin(), "do_layer_norm_before": coin()}
+        return kind, OPT | sizes | choice | {"word_embed_proj_dim": one_of(12, heads * width)}
+    sizes["num_key_value_heads"] = one_of(*(k for k in (1, 2, heads) if heads % k == 0))
+    choice: dict[str, Any] = {"sliding_window": one_of(None, 4)} if kind != "llama" else {}
+    if kind in ("qwen2", "qwen3", "qwen3_moe"):
+        choice |= {"use_sliding_window": choice["sliding_window"] is not None}
+        choice |= {} if kind == "qwen3_moe" else {"max_window_layers": 1}
+    if kind in ("llama", "qwen3", "phimoe", "qwen3_moe"):
+        choice["attention_bias"] = coin()
+    if kind == "llama":
+        choice["mlp_bias"] = coin()
+    if kind in ("llama", "qwen3", "qwen3_moe"):
+        choice["head_dim"] = one_of(8, 12)
+    if kind in ("mixtral", "phimoe"):
+        choice |= MOE | {"num_local_experts": one_of(3, 5)}
+    if kind == "qwen3_moe":
+        choice |= QWEN_MOE | {"norm_topk_prob": coin(), "num_experts": one_of(3, 5)}
+    return kind, BASE | sizes | choice
+
+
 CASES = [pytest.param(*case, id=name) for name, case in FAST.items()] + [
     pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()
+]
+CASES += [
+    pytest.param(*drawn(kind, seed), id=f"{kind}-drawn-{seed}", marks=pytest.mark.slow)
+    for kind in lm.FAMILIES
+    for seed in (0, 1)
 ]
 
 
