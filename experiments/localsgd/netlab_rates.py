@@ -153,7 +153,8 @@ def main() -> None:
             f"Compute {r['compute_s']:.3f} s a step, whole model {r['whole_model_s']:.3f} s on the "
             f"wire (alpha {r['alpha_s'] * 1e3:.1f} ms, r2 {r['r2']:.3f}), jitter "
             f"{r['jitter_s'] * 1e3:.0f} ms a step, {r['sharing']:.2f} s of compute lost per "
-            f"second of communication behind it; communication is {r['communication / (period x step)']:.2f} of period x step.\n",
+            "second of communication behind it; communication is "
+            f"{r['communication / (period x step)']:.2f} of period x step.\n",
             markdown_table(r["table"]),
         ]
     text += ["## Against what was asked\n", markdown_table(summary(results))]

@@ -217,11 +217,12 @@ def _profile(
         on_round=lambda k: emit({"event": "profile", "compute": k}),
     )
     sizes = [n // 4 for n in layer_bytes(params, setup.layers)]
-    link, points = profiling.measure_link(
+    link, points, reason = profiling.measure_link(
         wire, min(sizes), sum(sizes), on_round=lambda k: emit({"event": "profile", "link": k})
     )
-    emit({"event": "link", "points": points, **link.to_dict()})
-    found = profile.make_profile(setup.layers, params, compute, link, wire.workers)
+    note = f"predictions use the median rate of the link, since {reason}" if reason else ""
+    emit({"event": "link", "points": points, "warning": note, **link.to_dict()})
+    found = profile.make_profile(setup.layers, params, compute, link, wire.workers, note)
     batch = setup.train.batch_at(0)
     sharing = profiling.measure_sharing(one, params, batch, wire, found.message_s, found.compute_s)
     return dataclasses.replace(found, sharing=sharing)

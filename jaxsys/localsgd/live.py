@@ -57,8 +57,11 @@ class LiveView:
             what = "the link" if "link" in event else "every layer"
             self.status = f"profiling {what}"
         elif kind == "link":
-            latency, rate = event["alpha_s"] * 1e3, 8e-6 / event["beta_s_per_unit"]
-            self._say(f"link: {latency:.1f} ms + bytes / {rate:.0f} Mbit/s (r2 {event['r2']:.3f})")
+            self._say(event.get("warning"))
+            if event["points"]:  # one worker alone has none
+                line = f"{event['alpha_s'] * 1e3:.1f} ms + "
+                line += f"{event['beta_s_per_unit'] * 1e9:.1f} ms per MB sent"
+                self._say(f"link: {line} (r2 {event['r2']:.3f})")
         elif kind == "compile":
             self.status = f"compiling and warming up {event['strategy']}"
         elif kind == "resumed":

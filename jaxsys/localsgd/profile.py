@@ -60,7 +60,7 @@ class Profile:
       tail_s: seconds of the optimiser step.
       link: seconds of one exchange as a line over the bytes that a worker sends.
       workers: number of workers R.
-      note: where it was measured.
+      note: what a reader of its predictions should know.
       jitter_s: seconds that a step loses if its workers wait for each other in every step and not
         only now and then: the mean of the slowest worker's step, less the step of the worker that
         is slowest over several.

@@ -178,7 +178,8 @@ class Record:
         if not self.start:
             return ""
         link = describe_link(self.start["link"], self.start["bandwidth"])
-        return f"{self.start['workers']} workers, {link}"
+        rough = ", link rate only roughly known" if self.link.get("warning") else ""
+        return f"{self.start['workers']} workers, {link}{rough}"
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jaxsys.core.cost import LinearCost
+from jaxsys.localsgd import profiling
 from jaxsys.localsgd.profile import Profile, Weather
 from jaxsys.localsgd.strategy import presets
+from jaxsys.localsgd.wire import Wire
 
 LINK = LinearCost(0.01, 1e-3, 1.0, 0.0, 3)
 STILL = Profile(("b", "a"), (40, 60), (0.1, 0.2), (0.3, 0.4), 0.5, LINK, 4, jitter_s=0.0)
@@ -43,3 +46,27 @@ def test_what_hides_behind_compute_slows_it_by_its_share():
 
 def test_it_survives_its_json():
     assert Profile.from_json(SHAKY.to_json()) == SHAKY
+
+
+class _Wire(Wire):
+    workers = 4
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_link_that_explains_nothing_is_said_so_and_its_median_rate_used(monkeypatch):
+    noise = iter(np.random.default_rng(0).uniform(0.01, 1.0, 1000))
+    monkeypatch.setattr(profiling, "_exchange_s", lambda *_: float(next(noise)))
+    link, points, reason = profiling.measure_link(_Wire(), 1000, 100_000)
+    assert "explains the times poorly" in reason
+    assert link.alpha_s == 0
+    assert link.beta_s_per_unit == pytest.approx(np.median([s / b for b, s in points]))
+
+
+def test_a_line_is_found_and_no_reason_given(monkeypatch):
+    monkeypatch.setattr(profiling, "_exchange_s", lambda wire, n, first: 0.002 + 1e-7 * n)
+    link, points, reason = profiling.measure_link(_Wire(), 1000, 10_000_000)
+    assert reason == ""
+    assert link.alpha_s == pytest.approx(0.002, rel=1e-3)
+    assert all(link(b) == pytest.approx(s, rel=1e-3) for b, s in points)
