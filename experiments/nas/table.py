@@ -9,11 +9,10 @@ the validation accuracy of 78 to 1,563 cells and tested by Kendall's τ-b on the
 the others (15,625 less the training set), on three data sets, with five training sets and
 initialisations each, all fifteen in one program. What they see: node-wise synflow of all 98 slots
 (`results/node_statistics.npz`), and the operations (GCN only these). Then, at 156 cells, the losses
-that the paper compares, alone and mixed.
+that the paper compares, alone and mixed (CIFAR-10).
 
-Published figures are for CIFAR-10, fitted and tested likewise;
-those of ParZC are the runs logged in its repository, with larger networks, 300 epochs, and the
-statistics of three proxies.
+Published figures are for CIFAR-10, fitted and tested likewise; those of ParZC are the runs logged
+in its repository, with larger networks, 300 epochs, and the statistics of three proxies.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from jaxsys.nas.tables import nas_bench_201
 
 SEEDS = 5
 # Training cells -> epochs: larger sets need fewer to see as much.
-EPOCHS = {78: 200, 156: 120, 469: 60, 781: 40, 1563: 30}
+EPOCHS = {78: 120, 156: 80, 469: 30, 781: 20, 1563: 12}
 PREDICTORS = ("parzc", "mabn", "mlp", "gcn", "trees")
 LOSSES = (
     ("mse",),
@@ -43,8 +42,9 @@ LOSSES = (
     ("pair", "diff_kendall"),
     ("mse", "pair", "diff_kendall"),
 )
+# Small, for a CPU; without dropout, whose random numbers cost more here than the products.
 SIZES = PredictorConfig(
-    sequence=128, width=32, depth=2, heads=4, head_width=8, graph_width=32, inner=64
+    sequence=64, width=32, depth=1, heads=4, head_width=8, graph_width=32, inner=64, rate=0.0
 )
 # Kendall's τ on CIFAR-10 (PINAT's table, and the runs logged in ParZC's repository).
 PUBLISHED = {
@@ -78,16 +78,16 @@ def load(smoke: bool = False) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 def train(name: str, n: int, losses: tuple[str, ...], data: tuple, epochs: int) -> dict:
-    """Train one predictor fifteen times and give τ by data set."""
+    """Train one predictor with five training sets for each data set, and give τ."""
     inputs, valid, test = data
-    rows = np.tile(draw_rows(valid.shape[1], n, SEEDS), (3, 1))
+    rows = np.tile(draw_rows(valid.shape[1], n, SEEDS), (len(valid), 1))
     targets, tests = (np.repeat(v, SEEDS, 0) for v in (valid, test))
-    config = FitConfig(losses=losses, epochs=epochs, batch=26, lr=2e-3)
+    config = FitConfig(losses=losses, epochs=epochs, batch=26, lr=3e-3)
     start = time.monotonic()
     found = fit_and_test(name, inputs, targets, tests, rows, config, sizes=SIZES)
-    tau = found.tau.reshape(3, SEEDS).round(4)
+    tau = found.tau.reshape(-1, SEEDS).round(4)
     seconds = round(time.monotonic() - start, 1)
-    return {"tau": dict(zip(DATASETS, tau.tolist(), strict=True)), "seconds": seconds}
+    return {"tau": dict(zip(DATASETS, tau.tolist(), strict=False)), "seconds": seconds}
 
 
 def told(values: list[float]) -> str:
@@ -119,8 +119,8 @@ def write(records: Records) -> str:
     for losses in LOSSES:
         found = records.found.get("loss " + "+".join(losses))
         if found:
-            row = {v: told(found["tau"][k]) for k, v in DATASETS.items()}
-            rows.append({"loss (ParZC, 156 cells)": " + ".join(losses)} | row)
+            figure = told(found["tau"]["c10"])
+            rows.append({"loss (ParZC, 156 cells)": " + ".join(losses), "CIFAR-10": figure})
     text += f"\n## Losses\n\n{markdown_table(rows)}"
     atomic_write(RESULTS / "table.md", text)
     return text
@@ -139,14 +139,17 @@ def main() -> None:
         return
     start = time.monotonic()
     records = Records(RESULTS / "table.json")
-    parts = [(f"{p} {n}", p, n, ("mse", "pair"), e) for n, e in EPOCHS.items() for p in PREDICTORS]
+    parts = [(f"{p} {n}", p, n, ("mse", "pair"), e) for p in PREDICTORS for n, e in EPOCHS.items()]
     parts += [("loss " + "+".join(ls), "parzc", 156, ls, EPOCHS[156]) for ls in LOSSES]
     for key, name, n, losses, epochs in parts:
         if key in records.found or (args.only and key not in args.only):
             continue
         if time.monotonic() - start > 60 * args.minutes:
             break
-        found = train(name, n, losses, data, epochs)
+        inputs, *accuracies = data
+        if key.startswith("loss"):  # on the first data set alone
+            accuracies = [v[:1] for v in accuracies]
+        found = train(name, n, losses, (inputs, *accuracies), epochs)
         records.add(key, found)
         means = {k: round(float(np.mean(v)), 3) for k, v in found["tau"].items()}
         print(key, means, f"{found['seconds']} s", flush=True)

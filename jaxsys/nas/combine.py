@@ -100,6 +100,11 @@ def find_formula(
     y = np.asarray(targets, np.float64)
     mean, std = {}, {}
     for name, column in columns.items():
+        if not name.isidentifier():
+            raise UserError(
+                f"column {name!r} cannot stand in a formula; expected letters, digits and "
+                "underscores; rename it"
+            )
         v = np.asarray(column, np.float64)
         kendall_tau(v, y)  # for its checks
         mean[name], std[name] = float(v.mean()), float(v.std()) or 1.0

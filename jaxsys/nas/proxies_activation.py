@@ -3,6 +3,7 @@
 Same signature as in `proxies`. jacob_cov and epe_nas look at the input alone and have no parts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -223,11 +224,12 @@ def _trainability(g_in: Any, g_out: Any) -> Any:
     return 2 - sigma - 1 / (sigma + 1e-6)
 
 
-def az_nas(columns: dict[str, Float[Array, "N"]]) -> Float[Array, "N"]:
+def az_nas(columns: Mapping[str, Any]) -> Float[Array, "N"]:
     """Join columns over N architectures by Σ ln(rank/N), rank N for the largest.
 
     Args:
-      columns: `az_expressivity`, `az_progressivity`, `az_trainability` and `flops`, or any others.
+      columns: `[N]` each: `az_expressivity`, `az_progressivity`, `az_trainability` and `flops`, or
+        any others.
 
     Returns:
       One score for each architecture, 0 at most.

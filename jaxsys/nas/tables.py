@@ -4,7 +4,8 @@ The schema is one row for each architecture and one column for each quantity:
 
 * CSV: a header with column names; a cell is either ``e12,e13,e14,e23,e24,e34`` or ``arch_str``.
 * JSON: either a list of objects (the columns are the keys), or NASLib's form
-  ``{data set: {"(0, 1, 2, 3, 4, 0)": {"snip": {"score": 1.5}, "val_accuracy": 90.1}}}``.
+  ``{data set: {"(0, 1, 2, 3, 4, 0)": {"snip": {"score": 1.5}, "val_accuracy": 90.1}}}``, with
+  or without the name of the search space above.
 * NPZ: one array for each column, first axis the architectures; nothing is unpickled.
 
 Rows whose cell occurs twice, values that are missing, and columns that do not exist are refused by
@@ -15,6 +16,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +220,9 @@ def _read_json(raw: bytes, name: str, dataset: str | None) -> dict[str, np.ndarr
     except ValueError as error:
         raise UserError(f"{name} is no JSON ({error}); expected a list or NASLib's form") from None
     if isinstance(document, Mapping):
+        [inner] = document.values() if len(document) == 1 else [None]
+        if dataset not in document and isinstance(inner, Mapping):
+            document = inner  # the name of the search space stands above the data sets
         if dataset is None or dataset not in document:
             raise UserError(
                 f"{name} holds the data sets {', '.join(map(str, document))}, asked for "
@@ -247,7 +252,7 @@ def _read_npz(raw: bytes, name: str, dataset: str | None) -> dict[str, np.ndarra
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
             columns = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{name} is no NPZ of plain arrays ({error}); write it anew") from None
     lengths = {k: v.shape[0] if v.ndim else -1 for k, v in columns.items()}
     if len(set(lengths.values())) != 1:

@@ -64,8 +64,8 @@ def plain(params, ops, images):
 
 
 @pytest.fixture(scope="module")
-def params():
-    return network.init(jax.random.key(0), CONFIG)
+def params(theta):
+    return theta
 
 
 LOGITS = jax.jit(lambda params, arch: network.apply(params, arch, IMAGES).logits)

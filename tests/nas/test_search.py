@@ -20,7 +20,7 @@ TINY = PredictorConfig(sequence=32, width=8, depth=1, heads=2, head_width=4, gra
 CELLS = space.all_cells()[::25]
 RNG = np.random.default_rng(0)
 INPUTS = predictor_inputs(CELLS, {"snip": RNG.normal(size=(625, 7))})
-TARGETS = (CELLS == 2).sum(1) + 0.3 * INPUTS["nodes"][:, 0].astype(float)
+TARGETS = (CELLS == 2).sum(1) + INPUTS["nodes"][:, 0].astype(float)
 LINE = Predictor(lambda key: jnp.zeros(7), lambda p, x, key: x["nodes"] @ p)
 
 
@@ -46,15 +46,15 @@ def test_training_equals_adam_by_hand():
 
 
 def test_early_stopping_keeps_the_best_epoch():
-    rows = draw_rows(625, 60, 2)
-    config = FitConfig(("mse",), epochs=200, lr=0.5, valid_fraction=0.2, patience=10, round=10)
-    found = fit(LINE, INPUTS, TARGETS, rows, config)
-    assert found.losses.shape[1] < 200
-    held = rows[:, :12]
-    scores, _ = predict(LINE, found, INPUTS)
-    for k in range(2):
-        error = np.mean((scores[k, held[k]] - TARGETS[held[k]]) ** 2)
-        assert error < 1.3 * TARGETS.var()  # rates of 0.5 throw the last epochs far off
+    """What is held out contradicts what is learned, so the first epoch is the best."""
+    x = np.zeros((60, 7), np.float32)
+    x[:, 0] = np.linspace(-1, 1, 60)[np.random.default_rng(0).permutation(60)]
+    y = np.where(np.arange(60) < 12, -1, 1) * x[:, 0].astype(float)
+    config = FitConfig(("mse",), epochs=200, lr=0.02, valid_fraction=0.2, patience=10, round=10)
+    kept = fit(LINE, {"nodes": x}, y, np.arange(60)[None], config)
+    assert kept.losses.shape[1] == 20  # the first look that is 10 epochs after the best
+    last = fit(LINE, {"nodes": x}, y, np.arange(60)[None], FitConfig(("mse",), epochs=20, lr=0.02))
+    assert 0 < float(kept.params[0, 0]) < 0.5 * float(last.params[0, 0])
 
 
 def test_draws_of_bayesian_weights_spread_and_means_do_not():
