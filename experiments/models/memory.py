@@ -103,9 +103,7 @@ def child(source: str, target: str | None = None) -> None:
 def main() -> None:
     """Measure both and write the table."""
     parser = argparse.ArgumentParser(description="Measure the memory of loading and converting.")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a smaller checkpoint, nothing kept"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a smaller checkpoint, nothing kept")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
