@@ -92,11 +92,12 @@ for name, s in score(own, own.init(key), jnp.asarray(images), labels, key, names
 # holds cells trained on the digits, so the same small network is scored.
 
 # %%
-table = tables.load(Path("results") / "digits_benchmark.npz")
+results = Path("results") if Path("results").is_dir() else Path("experiments/nas/results")
+table = tables.load(results / "digits_benchmark.npz")
 chosen = np.random.default_rng(0).permutation(len(table.cells))[:200]
 table = table.select(chosen)
 test = table.column("test")
-make = partial(cell_model, config=NetworkConfig(4, 1, image_channels=1))
+make = partial(cell_model, config=NetworkConfig(2, 1, image_channels=1))
 config = ScoreConfig(("naswot", "synflow", "snip", "grad_norm"))
 scores = score_all(make, table.cells, images, labels, config)
 rows = []

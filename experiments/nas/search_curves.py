@@ -95,7 +95,7 @@ def main() -> None:
         curves, best = run(range(2), 60, 2, smoke=True)
         print({name: curve[:, -1].tolist() for name, curve in curves.items()}, best)
         return
-    curves, best = run(range(SEEDS), QUERIES, 80)
+    curves, best = run(range(SEEDS), QUERIES, 40)
     print(write(curves, best, time.monotonic() - start))
 
 

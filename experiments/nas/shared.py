@@ -31,9 +31,15 @@ class Records:
 
     def __init__(self, file: Path):
         self.file = file
-        self.found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self.found: dict[str, Any] = {}
+        self._read()
+
+    def _read(self) -> None:
+        if self.file.exists():
+            self.found |= json.loads(self.file.read_text())
 
     def add(self, key: str, value: Any) -> None:
+        self._read()  # another run may have added parts of its own
         self.found[key] = json.loads(to_json(value))
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.found.items()]
         atomic_write(self.file, "{\n" + ",\n".join(lines) + "\n}\n")

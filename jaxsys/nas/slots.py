@@ -68,7 +68,8 @@ def nodes(
       Values, 0 where there is no layer.
 
     >>> config = NetworkConfig(4, 1)
-    >>> nodes(init(jax.random.key(0), config), jnp.zeros(6, jnp.int32)).shape
+    >>> ones = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    >>> jax.eval_shape(nodes, ones, jnp.zeros(6, jnp.int32)).shape
     (26,)
     """
     parts = [reduce(tree["stem"]["w"])[None]]

@@ -221,7 +221,7 @@ def _read_json(raw: bytes, name: str, dataset: str | None) -> dict[str, np.ndarr
         raise UserError(f"{name} is no JSON ({error}); expected a list or NASLib's form") from None
     if isinstance(document, Mapping):
         [inner] = document.values() if len(document) == 1 else [None]
-        if dataset not in document and isinstance(inner, Mapping):
+        if dataset not in document and isinstance(inner, Mapping) and dataset in inner:
             document = inner  # the name of the search space stands above the data sets
         if dataset is None or dataset not in document:
             raise UserError(

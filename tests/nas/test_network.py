@@ -10,7 +10,7 @@ from jaxsys.nas import layers, network, slots, space
 from jaxsys.nas.network import NetworkConfig
 
 CONFIG = NetworkConfig(channels=4, cells=1)
-IMAGES = jax.random.normal(jax.random.key(1), (3, 4, 4, 3))
+IMAGES = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
 CELLS = ((2, 0, 1, 3, 4, 2), (3, 3, 2, 2, 3, 1), (0, 0, 0, 4, 4, 0))
 ARCHS = jnp.array(CELLS)
 
@@ -89,6 +89,7 @@ def test_logits_and_gradients_equal_plain_code(params, i):
         np.testing.assert_allclose(x, y, atol=2e-3 * float(jnp.abs(y).max()) + 1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_architectures_equals_map(params):
     many = jax.jit(jax.vmap(lambda arch: network.apply(params, arch, IMAGES).logits))
     one = np.stack([LOGITS(params, a) for a in ARCHS])
@@ -97,7 +98,7 @@ def test_vmap_over_architectures_equals_map(params):
 
 
 def test_gates_scale_the_channels_of_their_layer(params):
-    gates = network.ones_gates(CONFIG, 3)
+    gates = network.ones_gates(CONFIG, 8)
     run = jax.jit(lambda g: network.apply(params, ARCHS[0], IMAGES, gates=g).logits)
     plain_logits = LOGITS(params, ARCHS[0])
     np.testing.assert_allclose(run(gates), plain_logits, atol=1e-5)

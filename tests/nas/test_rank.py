@@ -95,7 +95,9 @@ def test_diff_kendall_tends_to_tau_as_alpha_grows():
 def test_gradients_by_finite_differences(name):
     with jax.enable_x64(True):
         x, y = (jnp.asarray(np.asarray(v[:9]), jnp.float64) for v in (X, Y))
-        check_grads(lambda v: LOSSES[name](v, y), (x,), 1, ["rev"], atol=1e-5, rtol=1e-5)
+        check_grads(
+            lambda v: LOSSES[name](jnp.asarray(v), y), (x,), 1, ["rev"], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("block", [512, 7])
