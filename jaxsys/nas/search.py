@@ -168,7 +168,7 @@ def guided_search(
       UserError: for more queries than cells.
 
     >>> import jax.numpy as jnp
-    >>> line = Predictor(lambda key: jnp.zeros(6), lambda p, x, key: x["ops"] * 1.0 @ p)
+    >>> line = Predictor(lambda key: jnp.zeros(6), lambda p, x, key: (x["ops"] - 2.0) @ p)
     >>> pool, config = space.all_cells(), FitConfig(("mse",), epochs=40, lr=0.1)
     >>> [found] = guided_search(lambda cells: cells.sum(1) * 1.0, pool, line, {"ops": pool},
     ...                         config, queries=60, start=40, step=20)

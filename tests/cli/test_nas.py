@@ -58,7 +58,7 @@ def test_score_then_fit_on_the_scores(table, tmp_path, capfd):
 
 def test_trees_rank_the_rest_of_a_table(table, capfd):
     options = ["--table", table, "--target", "val", "--columns", "zen", "--predictor", "trees"]
-    assert _json(capfd, "fit", *options, "--train", "60", "--seeds", "1")["tau"] > 0.9
+    assert _json(capfd, "fit", *options, "--train", "60", "--seeds", "1")["tau"] > 0.7
 
 
 @pytest.mark.parametrize("method", ["random", "guided"])

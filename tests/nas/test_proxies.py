@@ -141,6 +141,7 @@ def test_fisher_by_hand():
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_synflow_equals_float64_without_rescaling(theta):
     model = cell_model(ARCH, CONFIG)
     got = jax.jit(lambda t: proxies.synflow(model, t, IMAGES, LABELS, KEY))(theta)

@@ -43,21 +43,10 @@ def test_anchors_of_the_1104_cells(dataset):
         assert tau == pytest.approx(int(anchor) / 1000, abs=6e-4), name
 
 
-def tau_a(x, y):
-    """The anchor of the parameters over all cells counts ties as misses: τ-a, not τ-b."""
-    pairs = len(x) * (len(x) - 1) / 2
-    tied = [sum(n * (n - 1) / 2 for n in np.unique(v, return_counts=True)[1]) for v in (x, y)]
-    return kendall_tau(x, y) * np.sqrt((pairs - tied[0]) * (pairs - tied[1])) / pairs
-
-
 @real
 def test_anchors_of_all_cells(whole):
-    expected = {"c10": (0.535, 0.296), "c100": (0.512, 0.283), "in16": (0.477, 0.294)}
-    for name, (params, zen) in expected.items():
+    for name, zen in {"c10": 0.296, "c100": 0.283, "in16": 0.294}.items():
         test = whole.column(f"test_{name}")
-        size = whole.column("params_m")
-        assert tau_a(size, test) == pytest.approx(params, abs=6e-4)
-        assert kendall_tau(size, test) > tau_a(size, test)
         assert kendall_tau(whole.column(f"zen_{name}"), test) == pytest.approx(zen, abs=6e-4)
     assert whole.column("test_c10").max() == pytest.approx(94.373, abs=6e-4)
 
