@@ -64,7 +64,22 @@ def rows_of(weight: Any, indices: Array) -> Array:
     >>> rows_of(jnp.eye(3), jnp.array([[2, 0]])).shape
     (1, 2, 3)
     """
-    return weight.rows(indices) if hasattr(weight, "rows") else weight[indices]
+    if hasattr(weight, "rows"):
+        return weight.rows(indices)
+    return _take_bits(weight, indices) if weight.dtype == jnp.bfloat16 else weight[indices]
+
+
+@jax.custom_jvp
+def _take_bits(table: Array, indices: Array) -> Array:
+    # XLA:CPU widens the whole table to float32 in order to take rows of it, integers excepted.
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits[indices], table.dtype)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(primals, tangents):
+    table, indices = primals
+    return _take_bits(table, indices), tangents[0][indices]
 
 
 def normalise(

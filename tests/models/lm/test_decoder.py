@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxsys.core.errors import UserError
 from jaxsys.models import lm
+from jaxsys.models.lm.linear import rows_of
 from jaxsys.models.lm.moe import row_counts
 from jaxsys.models.lm.taps import Probe, local
 
@@ -203,6 +204,18 @@ def test_too_many_tokens_are_refused():
     params = draw(0, LLAMA)
     with pytest.raises(UserError, match="the cache has room for 4"):
         apply(params, LLAMA, TOKENS, cache=lm.init_cache(LLAMA, 2, 4))
+
+
+def test_bfloat16_rows_are_taken_as_they_are_and_have_gradients():
+    table = jax.random.normal(jax.random.key(5), (7, 4)).astype(jnp.bfloat16)
+    indices = jnp.array([[3, 0, 3]])
+    np.testing.assert_array_equal(rows_of(table, indices), table[indices])
+    sharp = jax.grad(lambda t: jnp.sin(rows_of(t, indices)).sum().astype(jnp.float32))
+    plain = jax.grad(lambda t: jnp.sin(t[indices]).sum().astype(jnp.float32))
+    np.testing.assert_array_equal(sharp(table), plain(table))
+    # The tied table is not widened as a whole for the lookup.
+    text = jax.jit(rows_of).lower(table, indices).compile().as_text()
+    assert "f32[7,4]" not in text
 
 
 def test_loss_is_the_mean_over_counted_predictions():
