@@ -25,8 +25,8 @@ from jaxsys.nas.fit import FitConfig
 from jaxsys.nas.run import mean_interval
 from jaxsys.nas.space import from_index, to_index
 
-QUERIES, SEEDS = 240, 20
-SHOWN = (40, 80, 120, 160, 200, 240)
+QUERIES, SEEDS = 200, 20
+SHOWN = (40, 80, 120, 160, 200)
 
 
 def run(

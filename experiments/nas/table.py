@@ -107,9 +107,10 @@ def write(records: Records) -> str:
         for name in PREDICTORS:
             row = {dataset: name}
             for n in EPOCHS:
-                found = records.found.get(f"{name} {n}")
-                row[f"{n}"] = told(found["tau"][key]) if found else None
-            rows.append(row)
+                if found := records.found.get(f"{name} {n}"):
+                    row[f"{n}"] = told(found["tau"][key])
+            if len(row) > 1:
+                rows.append(row)
         if key == "c10":
             for name, taus in PUBLISHED.items():
                 figures = {f"{n}": f"{t:.3f}" for n, t in zip(EPOCHS, taus, strict=True)}
@@ -121,7 +122,8 @@ def write(records: Records) -> str:
         if found:
             figure = told(found["tau"]["c10"])
             rows.append({"loss (ParZC, 156 cells)": " + ".join(losses), "CIFAR-10": figure})
-    text += f"\n## Losses\n\n{markdown_table(rows)}"
+    if rows:
+        text += f"\n## Losses\n\n{markdown_table(rows)}"
     atomic_write(RESULTS / "table.md", text)
     return text
 

@@ -55,8 +55,8 @@ def kendall_tau(scores: Any, targets: Any) -> float:
     x, y = _checked(scores, targets)
     if np.ptp(x) == 0:
         return 0.0
-    statistic, _ = kendalltau(x, y)
-    return float(statistic)
+    found: Any = kendalltau(x, y)
+    return float(found.statistic)
 
 
 def spearman_rho(scores: Any, targets: Any) -> float:
