@@ -9,7 +9,7 @@ CIFAR-10, 20 seeds each. A search sees the validation accuracy; the curve is the
 the cell with the best validation accuracy so far. The figure shows means over seeds and their 95 %
 bootstrap intervals.
 
-Expected (results/search_curves.md): guided above evolution above random from 80 queries on.
+Expected (results/search_curves.md): after 200 queries guided 94.29, evolution 94.16, random 93.85.
 """
 
 import argparse
