@@ -160,6 +160,7 @@ def test_mistakes_are_found_before_anything_starts(tmp_path):
         assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_one_program_a_step_gives_the_losses_of_the_host_schedule(tmp_path):
     names = ("wfbp", "dreamddp", "streaming")
     by_host, _ = compare(_request(tmp_path / "host", tmp_path, strategies=names, drive="host"))
