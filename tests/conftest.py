@@ -1,6 +1,11 @@
 """Test-wide settings: CPU only, eight virtual devices, strict ranks."""
 
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,3 +14,19 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def load_experiment():
+    """Import a script under ``experiments/`` as a module."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parents[1] / "experiments" / name
+        spec = importlib.util.spec_from_file_location(f"{path.stem}_experiment", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -6,6 +6,7 @@ counts, because every exchange waits for it.
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.host import Overlapped
 from jaxsys.localsgd.profile import Compute, Weather
 from jaxsys.localsgd.step import Due, State
-from jaxsys.localsgd.wire import Wire
+from jaxsys.localsgd.wire import Message, Wire
 
 _ATTEMPTS = 4
 
@@ -166,19 +167,16 @@ def measure_sharing(
     Returns:
       Seconds lost per second of communication, 0 to 1: the median over the pairs.
     """
+    if wire.workers == 1:
+        return 0.0  # one worker alone sends nothing
     state = run.init(params, jax.random.key(0))
     elements = max(1, sum(int(x.size) for x in jax.tree.leaves(params)) // 8)
     count = int(min(256, np.ceil(4 * step_s / max(message_s(elements), 1e-9))))
-    message = jnp.ones(elements)
-    key_data = jax.random.key_data(jax.random.key(0))
     rows = []
     for k in range(2 * pairs + 1):  # the first compiles the message
         wire.gather(np.zeros(1, np.float32))
         busy = k % 2 == 0
-        under_way = [
-            wire.send((10**6 + elements,), "f32", [message], None, None, key_data, 0)
-            for _ in range(count * busy)
-        ]
+        under_way = [_send(wire, elements) for _ in range(count * busy)]
         begin_s = time.perf_counter()
         for _ in range(4):
             state, _ = run.step(state, batch, Due((), ()))
@@ -188,17 +186,19 @@ def measure_sharing(
     took, overlap = wire.gather(np.array(rows, np.float32)).transpose(2, 1, 0)  # [rounds, R]
     idle_s, busy_s = took[1::2].max(1), took[2::2].max(1)
     lost = (busy_s - idle_s) / np.maximum(np.median(overlap[2::2], axis=1), 1e-9)
-    return float(np.clip(np.median(lost), 0.0, 1.0)) if wire.workers > 1 else 0.0
+    return float(np.clip(np.median(lost), 0.0, 1.0))
+
+
+def _send(wire: Wire, elements: int) -> Future[Message]:
+    """Send that many ones, as a group with a number that no layer has and no other size shares."""
+    key_data = jax.random.key_data(jax.random.key(0))
+    return wire.send((10**6 + elements,), "f32", [jnp.ones(elements)], None, None, key_data, 0)
 
 
 def _exchange_s(wire: Wire, elements: int, first: int) -> float:
     """Return the seconds of an exchange right behind one of `first`; the same on all workers."""
     wire.gather(np.zeros(1, np.float32))
-    key_data = jax.random.key_data(jax.random.key(0))
-    behind = [  # no layer has such a number, and sizes share no program
-        wire.send((10**6 + n,), "f32", [jnp.ones(n)], None, None, key_data, 0)
-        for n in (first, elements)
-    ]
+    behind = [_send(wire, n) for n in (first, elements)]
     message = behind[-1].result()
     return float(np.median(wire.gather(np.array([message.end_s - message.start_s], np.float32))))
 

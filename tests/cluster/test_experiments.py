@@ -1,7 +1,6 @@
 """The files under experiments/cluster: the manifest's check can fail, and the demo joins."""
 
 import copy
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,13 +14,8 @@ HERE = Path(__file__).parents[2] / "experiments" / "cluster"
 
 
 @pytest.fixture(scope="module")
-def check():
-    spec = importlib.util.spec_from_file_location("check_jobset", HERE / "check_jobset.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def check(load_experiment):
+    return load_experiment("cluster/check_jobset.py")
 
 
 @pytest.fixture

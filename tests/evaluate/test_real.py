@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
@@ -15,14 +14,8 @@ needs_data = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def experiment():
-    path = Path(__file__).parents[2] / "experiments" / "models" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_experiment", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def experiment(load_experiment):
+    return load_experiment("models/evaluate.py")
 
 
 @needs_data

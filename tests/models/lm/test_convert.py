@@ -1,6 +1,5 @@
 """Conversion keeps every number; loading and converting take the memory of one tensor."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -16,14 +15,8 @@ CONFIG = lm.LMConfig("llama", 61, 32, 2, 4, 2, 8, 48, 64, bos_id=1, eos_ids=(2,)
 
 
 @pytest.fixture(scope="module")
-def memory():
-    path = Path(__file__).parents[3] / "experiments" / "models" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory_experiment", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def memory(load_experiment):
+    return load_experiment("models/memory.py")
 
 
 @pytest.fixture(scope="module")
