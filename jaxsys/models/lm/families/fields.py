@@ -148,6 +148,30 @@ class Fields:
         """
         return self.need(name, MOST_LAYERS)
 
+    def multi_head(
+        self,
+        width: str = "hidden_size",
+        heads: str = "num_attention_heads",
+        layers: str = "num_hidden_layers",
+    ) -> dict[str, Any]:
+        """Read the sizes of a model whose heads each have their own keys and values.
+
+        >>> fields = Fields({"vocab_size": 9, "n_embd": 8, "n_head": 2, "n_layer": 1})
+        >>> fields.multi_head("n_embd", "n_head", "n_layer")["head_width"]
+        4
+        """
+        wide, count = self.need(width), self.need(heads)
+        return {
+            "model_type": self.model_type,
+            "vocab_size": self.need("vocab_size"),
+            "width": wide,
+            "layers": self.layers(layers),
+            "heads": count,
+            "kv_heads": count,
+            "head_width": wide // count,
+            "norm": "layer",
+        }
+
     def fixed(self, **expected: Any) -> None:
         """Refuse fields whose value asks for mathematics that this library does not do.
 

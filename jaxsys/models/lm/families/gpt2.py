@@ -33,19 +33,12 @@ def sizes(fields: Fields) -> dict[str, Any]:
     >>> sizes(Fields({"vocab_size": 9, "n_embd": 8, "n_head": 2, "n_layer": 1}))["ffn_width"]
     32
     """
-    width, heads = fields.need("n_embd"), fields.need("n_head")
+    found = fields.multi_head("n_embd", "n_head", "n_layer")
     return {
-        "model_type": fields.model_type,
-        "vocab_size": fields.need("vocab_size"),
-        "width": width,
-        "layers": fields.layers("n_layer"),
-        "heads": heads,
-        "kv_heads": heads,
-        "head_width": width // heads,
-        "ffn_width": fields.take("n_inner", 4 * width),
+        **found,
+        "ffn_width": fields.take("n_inner", 4 * found["width"]),
         "max_positions": fields.take("n_positions", 1024),
         "activation": fields.take("activation_function", "gelu_new"),
-        "norm": "layer",
         "norm_eps": fields.take("layer_norm_epsilon", 1e-5),
         "ffn_bias": True,
         "init_std": fields.take("initializer_range", 0.02),

@@ -32,23 +32,16 @@ def from_hf(fields: Fields) -> LMConfig:
     >>> from_hf(Fields(hf)).rope.width
     4
     """
-    width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
+    sizes = fields.multi_head()
     theta, part = fields.take("rotary_emb_base", 10000.0), fields.take("rotary_pct", 0.25)
     bias = fields.take("attention_bias", True)
     return LMConfig(
-        model_type=fields.model_type,
-        vocab_size=fields.need("vocab_size"),
-        width=width,
-        layers=fields.layers(),
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
+        **sizes,
         ffn_width=fields.need("intermediate_size"),
         max_positions=fields.take("max_position_embeddings", 2048),
         activation=fields.take("hidden_act", "gelu"),
-        norm="layer",
         norm_eps=fields.take("layer_norm_eps", 1e-5),
-        rope=fields.rope(width // heads, theta, part),
+        rope=fields.rope(sizes["head_width"], theta, part),
         tied=fields.take("tie_word_embeddings", False),
         qkv_bias=bias,
         out_bias=bias,

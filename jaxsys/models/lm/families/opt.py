@@ -35,24 +35,17 @@ def from_hf(fields: Fields) -> LMConfig:
     >>> from_hf(Fields(hf)).embed_width
     4
     """
-    width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
-    narrow = fields.take("word_embed_proj_dim", width)
+    sizes = fields.multi_head()
+    narrow = fields.take("word_embed_proj_dim", sizes["width"])
     fields.fixed(layer_norm_elementwise_affine=True)
     pre_norm = fields.take("do_layer_norm_before", True)
     bias = fields.take("enable_bias", True)
     no_final_norm = fields.take("_remove_final_layer_norm", False)
     return LMConfig(
-        model_type=fields.model_type,
-        vocab_size=fields.need("vocab_size"),
-        width=width,
-        layers=fields.layers(),
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
+        **sizes,
         ffn_width=fields.need("ffn_dim"),
         max_positions=fields.take("max_position_embeddings", 2048),
         activation=fields.take("activation_function", "relu"),
-        norm="layer",
         norm_eps=1e-5,
         rope=None,
         tied=fields.take("tie_word_embeddings", True),
@@ -61,7 +54,7 @@ def from_hf(fields: Fields) -> LMConfig:
         ffn_bias=bias,
         pre_norm=pre_norm,
         final_norm=pre_norm and not no_final_norm,
-        embed_width=0 if narrow == width else narrow,
+        embed_width=0 if narrow == sizes["width"] else narrow,
         init_std=fields.take("init_std", 0.02),
         prefix="model.decoder",
         **fields.tokens(),
