@@ -1,0 +1,1 @@
+"""Prune language models after training, with every common metric, and search for new ones."""

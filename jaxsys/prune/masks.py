@@ -1,0 +1,322 @@
+"""Masks from scores: True keeps a weight, False removes it.
+
+The number of removed weights is exact, and of equal scores the one with the smaller index goes
+first, as in a stable ascending sort. Nothing is sorted for that: a float32 score is read as an
+integer of the same order, whose bits are settled one by one by counting. A pass over the scores is
+far cheaper than a sort on every backend, and the threshold may be shared by a row, a matrix or a
+whole model. Scores must be finite; callers check.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from jaxsys.core.errors import UserError
+
+Mask = Bool[Array, "O I"]
+
+
+def n_removed(n: int, sparsity: float | int) -> int:
+    """Count the weights to remove of n: ⌊sparsity · n⌋, as the released codes take it.
+
+    Args:
+        n: weights.
+        sparsity: share to remove, in [0, 1).
+
+    Raises:
+        UserError: for a sparsity outside [0, 1).
+
+    >>> n_removed(10, 0.3), n_removed(3, 0.5)
+    (3, 1)
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(
+            f"sparsity is {sparsity}; it is the share of weights to remove and lies in [0, 1), "
+            "such as 0.5; correct it"
+        )
+    # 0.3 · 10 is 2.9999999999999996 in some roundings; a share is never meant that exactly.
+    return math.floor(sparsity * n + 1e-9 * n + 1e-9)
+
+
+def row_mask(scores: Float[Array, "O I"], sparsity: float | int) -> Mask:
+    """Remove the ⌊sparsity · I⌋ smallest scores of every row.
+
+    Args:
+        scores: S, [O, I].
+        sparsity: share to remove, in [0, 1).
+
+    Returns:
+        Mask [O, I].
+
+    Raises:
+        UserError: for a sparsity outside [0, 1).
+
+    >>> row_mask(jnp.array([[3.0, 1.0, 2.0, 2.0]]), 0.5).tolist()
+    [[True, False, False, True]]
+    """
+    return smallest_removed(scores, jnp.int32(n_removed(scores.shape[1], sparsity)))
+
+
+def matrix_mask(scores: Float[Array, "O I"], sparsity: float | int) -> Mask:
+    """Remove the ⌊sparsity · O · I⌋ smallest scores of the matrix.
+
+    >>> matrix_mask(jnp.array([[4.0, 3.0], [1.0, 2.0]]), 0.5).tolist()
+    [[True, True], [False, False]]
+    """
+    count = jnp.int32(n_removed(scores.size, sparsity))
+    return smallest_removed(scores.reshape(1, -1), count).reshape(scores.shape)
+
+
+def global_mask(
+    scores: Mapping[str, Float[Array, "..."]], sparsity: float | int
+) -> dict[str, Bool[Array, "..."]]:
+    """Remove the smallest scores of several matrices together, whatever their shapes.
+
+    Args:
+        scores: by name; of equal scores those of earlier names go first.
+        sparsity: share to remove of all together, in [0, 1).
+
+    Returns:
+        A mask for every name.
+
+    >>> masks = global_mask({"a": jnp.array([[1.0, 4.0]]), "b": jnp.array([[2.0, 3.0]])}, 0.5)
+    >>> masks["a"].tolist(), masks["b"].tolist()
+    ([[False, True]], [[False, True]])
+    """
+    total = sum(leaf.size for leaf in scores.values())
+    found = _global(tuple(scores.values()), jnp.int32(n_removed(total, sparsity)))
+    return dict(zip(scores, found, strict=True))
+
+
+def nm_mask(scores: Float[Array, "O I"], n: int, m: int) -> Mask:
+    """Keep the n largest of every m consecutive scores of a row.
+
+    N:M here is "n of m are kept", as hardware counts; the released codes of Wanda and Pruner-Zero
+    remove n of m, which is the same at 2:4 and 4:8.
+
+    Args:
+        scores: S, [O, I] with m dividing I.
+        n: kept of each group.
+        m: length of a group.
+
+    Returns:
+        Mask [O, I].
+
+    Raises:
+        UserError: unless 0 < n <= m and m divides I.
+
+    >>> nm_mask(jnp.array([[3.0, 1.0, 2.0, 2.0]]), 2, 4).tolist()
+    [[True, False, False, True]]
+    """
+    check_nm(n, m, scores.shape[-1])
+    return _nm(scores, n, m)
+
+
+def check_nm(n: int, m: int, inputs: int, where: str = "the matrix") -> None:
+    """Refuse an N:M pattern that does not fit.
+
+    Raises:
+        UserError: unless 0 < n <= m and m divides the number of inputs.
+
+    >>> check_nm(2, 4, 6, "layer 3")
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: pattern 2:4 does not divide the 6 inputs of layer 3; ...
+    """
+    if not 0 < n <= m:
+        raise UserError(
+            f"pattern {n}:{m} keeps {n} of {m} weights; expected from 1 to {m} of them, as in 2:4; "
+            "correct it"
+        )
+    if inputs % m:
+        raise UserError(
+            f"pattern {n}:{m} does not divide the {inputs} inputs of {where}; choose a pattern "
+            "whose second number divides them, or leave that layer out"
+        )
+
+
+def block_mask(scores: Float[Array, "O I"], block: tuple[int, int], sparsity: float | int) -> Mask:
+    """Remove whole blocks, those with the smallest sums of scores in the matrix.
+
+    Args:
+        scores: S, [O, I].
+        block: rows and columns of a block; they divide O and I.
+        sparsity: share of the blocks to remove, in [0, 1).
+
+    Returns:
+        Mask [O, I].
+
+    Raises:
+        UserError: if a block does not divide the matrix.
+
+    >>> block_mask(jnp.array([[1.0, 1.0, 0.0, 3.0]]), (1, 2), 0.5).tolist()
+    [[False, False, True, True]]
+    """
+    (rows, columns), (o, i) = block, scores.shape
+    check_block(block, (o, i))
+    tiles = scores.reshape(o // rows, rows, i // columns, columns).sum((1, 3))
+    kept = matrix_mask(tiles, sparsity)
+    return jnp.repeat(jnp.repeat(kept, rows, axis=0), columns, axis=1)
+
+
+def check_block(block: tuple[int, int], shape: tuple[int, int], where: str = "the matrix") -> None:
+    """Refuse blocks that do not divide a matrix.
+
+    Raises:
+        UserError: naming the matrix.
+
+    >>> check_block((2, 2), (4, 3), "layer 3")
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: blocks of 2 x 2 do not divide the 4 x 3 of layer 3; ...
+    """
+    if min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
+        raise UserError(
+            f"blocks of {block[0]} x {block[1]} do not divide the {shape[0]} x {shape[1]} of "
+            f"{where}; choose sizes that do"
+        )
+
+
+def bisect_mask(scores: Float[Array, "O I"], sparsity: float | int, steps: int = 24) -> Mask:
+    """Remove ⌊sparsity · I⌋ weights of every row by bisection on a threshold; for searches.
+
+    The bracket starts at the row's smallest and largest score and is halved ``steps`` times. The
+    count is exact; of scores that lie in the last bracket together, and so differ by less than
+    2^-steps of the row's range, those with the smaller index go first.
+
+    Args:
+        scores: S, [O, I].
+        sparsity: share to remove, in [0, 1).
+        steps: of the bisection; each counts the scores once.
+
+    Returns:
+        Mask [O, I].
+
+    >>> bisect_mask(jnp.array([[3.0, 1.0, 4.0, 2.0]]), 0.5).tolist()
+    [[True, False, True, False]]
+    """
+    count = jnp.int32(n_removed(scores.shape[1], sparsity))
+    return _bisect(scores, count, steps)
+
+
+@partial(jax.jit, static_argnames="steps")
+def _bisect(scores: Array, count: Array, steps: int) -> Array:
+    low = jnp.min(scores, axis=1, keepdims=True)
+    high = jnp.max(scores, axis=1, keepdims=True)
+    # Just below the smallest score nothing is removed, so the lower end is always allowed.
+    low = low - jnp.maximum(high - low, jnp.abs(low)) * 1e-6 - 1e-30
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) * 0.5
+        few = jnp.sum(scores <= middle, axis=1, keepdims=True, dtype=jnp.int32) <= count
+        return jnp.where(few, middle, low), jnp.where(few, high, middle)
+
+    low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+    below = scores <= low
+    wanted = count - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
+    return ~(below | _first(~below & (scores <= high), wanted))
+
+
+@jax.jit
+def smallest_removed(
+    scores: Float[Array, "R N"], count: Int[Array, ""] | Int[Array, "R 1"]
+) -> Bool[Array, "R N"]:
+    """Remove the ``count`` smallest scores of each row, ties by index.
+
+    Args:
+        scores: finite, [R, N].
+        count: how many of a row; a scalar or one for each row. It is traced, so another sparsity
+            compiles nothing.
+
+    Returns:
+        Mask with exactly N - count True in each row.
+
+    >>> smallest_removed(jnp.array([[0.0, -1.0, 0.0]]), jnp.int32(2)).tolist()
+    [[False, False, True]]
+    """
+    keys = _ordered(scores)
+    count = jnp.broadcast_to(count, (keys.shape[0], 1)).astype(jnp.int32)
+    edge = _kth_smallest(lambda at: jnp.sum(keys < at, axis=1, keepdims=True), count)
+    below = keys < edge
+    wanted = count - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
+    return ~(below | _first(keys == edge, wanted))
+
+
+def _first(ties: Bool[Array, "R N"], wanted: Int32[Array, "R 1"]) -> Bool[Array, "R N"]:
+    """Choose the first ``wanted`` of each row's ties; there are that many."""
+
+    def by_index(ties: Array) -> Array:
+        index = jnp.arange(ties.shape[1], dtype=jnp.int32)[None]
+        last = _kth_smallest(lambda at: jnp.sum(ties & (index < at), axis=1, keepdims=True), wanted)
+        return ties & (index <= last)
+
+    found = jnp.sum(ties, axis=1, keepdims=True, dtype=jnp.int32)
+    simple = jnp.all((wanted == found) | (wanted == 0))
+    return jax.lax.cond(simple, lambda ties: ties & (wanted > 0), by_index, ties)
+
+
+@jax.jit
+def _global(scores: tuple[Array, ...], count: Array) -> tuple[Array, ...]:
+    keys = [_ordered(leaf).reshape(-1) for leaf in scores]
+    edge = _kth_smallest(lambda at: sum(jnp.sum(k < at) for k in keys), count)
+    left = count - sum(jnp.sum(k < edge, dtype=jnp.int32) for k in keys)
+    masks = []
+    for leaf, k in zip(scores, keys, strict=True):
+        ties = (k == edge)[None]
+        here = jnp.minimum(left, jnp.sum(ties, dtype=jnp.int32))
+        drop = (k < edge) | _first(ties, here.reshape(1, 1))[0]
+        left = left - here
+        masks.append(~drop.reshape(leaf.shape))
+    return tuple(masks)
+
+
+def _ordered(scores: Array) -> Int32[Array, "..."]:
+    """Map float32 to int32 of the same order; both zeros become the same."""
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _kth_smallest(count_below: Any, count: Array) -> Array:
+    """Find the largest integer that has at most ``count`` - 1 keys below it, bit by bit.
+
+    That is the count-th smallest key, the last one to be removed; with count 0 it is the smallest
+    integer, below which and at which there is nothing to remove.
+    """
+    lowest = jnp.full_like(count, jnp.iinfo(jnp.int32).min)
+
+    def settle(i: Any, edge: Array) -> Array:
+        # From the smallest integer upwards; the first bit is the sign, and adding it wraps to 0.
+        higher = edge + jnp.left_shift(jnp.int32(1), 31 - i)
+        return jnp.where(count_below(higher) < count, higher, edge)
+
+    return jax.lax.fori_loop(0, 32, settle, lowest)
+
+
+@partial(jax.jit, static_argnames=("n", "m"))
+def _nm(scores: Array, n: int, m: int) -> Array:
+    groups = scores.reshape(*scores.shape[:-1], -1, m)
+    place = jnp.arange(m)
+    # How many of its group go before it: pairwise comparisons, m of them for each score.
+    rank = jnp.zeros(groups.shape, jnp.int32)
+    for j in range(m):
+        other = groups[..., j : j + 1]
+        earlier = (place > j).reshape((1,) * (groups.ndim - 1) + (m,))
+        rank += (other < groups) | ((other == groups) & earlier)
+    return (rank >= m - n).reshape(scores.shape)
+
+
+def sparsity_of(mask: Bool[Array | np.ndarray, "..."]) -> float:
+    """Measure the share of removed weights.
+
+    >>> sparsity_of(jnp.array([True, False]))
+    0.5
+    """
+    return 1.0 - float(np.count_nonzero(np.asarray(mask))) / mask.size
