@@ -162,8 +162,8 @@ def _same_vocabularies(
     if odd:
         raise UserError(
             f"{', '.join(odd)} have another vocabulary than {own.name} ({len(vocab or ())} "
-            "tokens); expected one, as rows of the embeddings would be mixed up; say which is wanted by "
-            "tokenizer_source: union, base or a model"
+            "tokens); expected one, as rows of the embeddings would be mixed up; say which is "
+            "wanted by tokenizer_source: union, base or a model"
         )
     sizes = {m.rows for m in models}
     if len(sizes) > 1 and vocab is None:
