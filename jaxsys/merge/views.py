@@ -110,7 +110,7 @@ class HostView:
         total = np.zeros(())
         for base, stack, place, _ in slices(self._base, self._models, self._unit):
             found = _summed(terms, flags, numbers, base, stack, place)
-            total = total + np.array([np.sum(part, dtype=np.float64) for part in found])
+            total = total + np.array([np.asarray(part).sum(dtype=np.float64) for part in found])
         return total
 
     def ranked(
@@ -126,7 +126,7 @@ class HostView:
         scratch = np.empty(self.size, np.float32)
         start = 0
         for base, stack, place, count in slices(self._base, models, self._unit):
-            found = _term(terms, flags, numbers, base, stack, place)
+            found = term_of(terms, flags, numbers, base, stack, place)
             scratch[start : start + count] = np.asarray(found).reshape(-1)[:count]
             start += count
         ascending = self.size - np.asarray(ranks, np.int64)
@@ -206,7 +206,14 @@ def as_float(base: Any, stack: Sequence[Any]) -> tuple[Any, tuple[jax.Array, ...
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _term(terms: Terms, flags: tuple, numbers: Any, base: Any, stack: Any, place: Any) -> jax.Array:
+def term_of(
+    terms: Terms, flags: tuple, numbers: Any, base: Any, stack: Any, place: Any
+) -> jax.Array:
+    """Compute a function's one term of a slice.
+
+    >>> term_of(lambda f, n, base, stack, place: (stack[0] * 2,), (), (), None, (np.ones(1),), None)
+    Array([2.], dtype=float32)
+    """
     base, stack = as_float(base, stack)
     (found,) = terms(flags, numbers, base, stack, place)
     return found
