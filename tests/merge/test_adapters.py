@@ -12,10 +12,11 @@ from jaxsys.core.errors import UserError
 from jaxsys.core.tree import flatten, unflatten
 from jaxsys.merge.adapters import (
     AdaptedTensors,
-    extract_adapter,
+    open_reference,
     read_adapter,
     split_reference,
 )
+from jaxsys.merge.extract import extract_adapter
 from jaxsys.models import lm, lora
 
 CONFIG = lm.LMConfig("llama", 61, 24, 2, 4, 2, 6, 40, 64, tied=True)
@@ -151,6 +152,12 @@ def test_ranks_by_matrix_are_written_as_patterns(tmp_path):
 
 
 def test_references(tmp_path):
+    model = _model()
+    lm.save(tmp_path / "base", unflatten(model), CONFIG)
+    _folder(tmp_path / "lora", _pair("model.layers.0.mlp.up_proj", 40, 24))
+    added = open_reference(f"{tmp_path / 'base'}+{tmp_path / 'lora'}")
+    changed = [name for name in added if not np.array_equal(added[name], model[name])]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
     (tmp_path / "a+b").mkdir()
     assert split_reference(str(tmp_path / "a+b")) == (str(tmp_path / "a+b"), None)
     assert split_reference("x/y+z") == ("x/y", "z")
