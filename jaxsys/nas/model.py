@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jaxsys.core.errors import UserError
 from jaxsys.nas import network, slots
 from jaxsys.nas.network import NetworkConfig
+from jaxsys.nas.output import Output, Site
 
 
 class Model(NamedTuple):
@@ -22,11 +23,13 @@ class Model(NamedTuple):
       logits: (parameters, images `[B, Y, X, C]`) -> `[B, classes]`.
       nodes: (tree shaped like the parameters, reduce) -> `[S]`, one number for each layer's slot.
       present: `[S]`, which slots hold a layer.
-      forward: (parameters, images, **options) -> `network.Output`, with the options `gates`,
+      forward: (parameters, images, **options) -> `output.Output`, with the options `gates`,
         `observe` and `norm` of `network.apply`; proxies of activations need it.
       gates: number of images -> gates that are all 1, whose last axes are images and channels.
-      gate_nodes: (tree shaped like the gates, without their last two axes) -> `[S]`.
-      pull: (parameters, features, cotangents) -> the cotangents of each block's input.
+      gate_nodes: (means over the last two axes of a tree shaped like the gates) -> `[S]`, means
+        over those channels that exist.
+      pull: (parameters, features, cotangents) -> the cotangents of each block's output and input.
+      blocks: which of the features exist, the last ones being copies otherwise; None: all do.
 
     >>> cell_model(jnp.array([2, 0, 1, 3, 4, 2]), NetworkConfig(4, 1)).present.shape
     (26,)
@@ -36,10 +39,11 @@ class Model(NamedTuple):
     logits: Callable[[Any, Any], Any]
     nodes: Callable[..., Any]
     present: Any
-    forward: Callable[..., network.Output] | None = None
+    forward: Callable[..., Output] | None = None
     gates: Callable[[int], Any] | None = None
     gate_nodes: Callable[[Any], Any] | None = None
     pull: Callable[[Any, Any, Any], Any] | None = None
+    blocks: Any = None
 
 
 def cell_model(arch: Any, config: NetworkConfig) -> Model:
@@ -51,7 +55,7 @@ def cell_model(arch: Any, config: NetworkConfig) -> Model:
     (2, 10)
     """
 
-    def forward(params: Any, images: Any, **options: Any) -> network.Output:
+    def forward(params: Any, images: Any, **options: Any) -> Output:
         return network.apply(params, arch, images, **options)
 
     return Model(
@@ -87,17 +91,17 @@ def dense_model(widths: tuple[int, ...] = (3, 4, 2)) -> Model:
 
     def forward(
         params: Any, images: Any, *, gates: Any = None, observe: Any = None, norm: bool = True
-    ) -> network.Output:
+    ) -> Output:
         x, features, seen = images, [], []
         for i, w in enumerate(params):
             y = layer(i, w, x)
             y = y if gates is None else y * gates[i][:, None, None, :]
             if observe is not None:
-                seen.append(observe(x, y, network.Site(relu=i > 0, norm=False)))
+                seen.append(observe(x, y, Site(relu=i > 0, norm=False)))
             features.append(y)
             x = y
         observed = jax.tree.map(lambda *v: jnp.stack(v), *seen) if seen else None
-        return network.Output(x[:, 0, 0], jnp.zeros(()), features, x, observed)
+        return Output(x[:, 0, 0], jnp.zeros(()), features, x, observed)
 
     def pull(params: Any, features: Any, cotangents: Any) -> list[tuple[Any, Any]]:
         found = []

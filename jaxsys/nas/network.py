@@ -10,10 +10,9 @@ can hold a convolution or linear layer, in network order and within a cell in th
 (stem; N·6 edges; 3 of a reduction; …; classifier: 98 for N = 5).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxsys.core.errors import UserError
 from jaxsys.nas.layers import conv3, mix, norm2d
+from jaxsys.nas.output import Observe, Output, Site, gated, rescaled, stacked, watch
 from jaxsys.nas.space import CONV1, CONV3, EDGES
 
 
@@ -56,41 +56,6 @@ class NetworkConfig:
     def slots(self) -> int:
         """Count the places for a convolution or linear layer."""
         return 3 * self.cells * 6 + 8
-
-
-class Site(NamedTuple):
-    """Say what stands around a layer that is observed.
-
-    >>> Site(relu=True, norm=True).relu
-    True
-    """
-
-    relu: bool  # its input passes a ReLU first
-    norm: bool  # its output is normalised
-
-
-class Output(NamedTuple):
-    """What one forward pass gives.
-
-    Attributes:
-      logits: `[B, classes]`; divided by exp(log_scale) where norm is False.
-      log_scale: natural logarithm of what was divided out on the way; 0 with normalisation.
-      features: the output of the stem and of every cell and reduction, in order.
-      map: `[B, Y, X, C]` last features before the mean over the image.
-      observed: what `observe` returned, stacked over slots `[S, ...]`; zeros where no layer is.
-
-    >>> Output._fields[0]
-    'logits'
-    """
-
-    logits: Any
-    log_scale: Any
-    features: Any
-    map: Any
-    observed: Any
-
-
-Observe = Callable[[Any, Any, Site], Any]  # (inputs before ReLU, outputs, site) -> statistics
 
 
 @partial(jax.jit, static_argnums=1)
@@ -158,14 +123,6 @@ def ones_gates(config: NetworkConfig, batch: int) -> dict[str, Any]:
     }
 
 
-def _gated(y: Any, gate: Any) -> Any:
-    return y if gate is None else y * gate[:, None, None, :]
-
-
-def _watch(observe: Observe | None, inputs: Any, outputs: Any, site: Site) -> Any:
-    return None if observe is None else observe(inputs, outputs, site)
-
-
 def cell(
     params: dict[str, Any],
     arch: Integer[Array, "6"],
@@ -199,8 +156,8 @@ def cell(
         is_conv = (arch[e] == CONV3) | (arch[e] == CONV1)
         y = mix(arch[e], inputs, p["w3"], p["w1"])
         if gates is not None:
-            y = jnp.where(is_conv, _gated(y, gates[e]), y)
-        found = _watch(observe, inputs, y, Site(relu=True, norm=True))
+            y = jnp.where(is_conv, gated(y, gates[e]), y)
+        found = watch(observe, inputs, y, Site(relu=True, norm=True))
         seen.append(jax.tree.map(lambda v, c=is_conv: jnp.where(c, v, 0), found))
         z = jnp.where(is_conv, norm2d(p, y), y) if norm else y
         nodes[target] = nodes[target] + z if target in nodes else z
@@ -209,25 +166,16 @@ def cell(
 
 def _reduction(p: Any, x: Any, gates: Any, observe: Observe | None, norm: bool) -> Any:
     g = (None,) * 3 if gates is None else gates
-    a = _gated(conv3(jax.nn.relu(x), p["a"]["w"], 2), g[0])
-    seen = [_watch(observe, x, a, Site(relu=True, norm=True))]
+    a = gated(conv3(jax.nn.relu(x), p["a"]["w"], 2), g[0])
+    seen = [watch(observe, x, a, Site(relu=True, norm=True))]
     inner = norm2d(p["a"], a) if norm else a
-    b = _gated(conv3(jax.nn.relu(inner), p["b"]["w"]), g[1])
-    seen.append(_watch(observe, inner, b, Site(relu=True, norm=True)))
+    b = gated(conv3(jax.nn.relu(inner), p["b"]["w"]), g[1])
+    seen.append(watch(observe, inner, b, Site(relu=True, norm=True)))
     pooled = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4))
-    down = _gated(pooled @ p["down"]["w"], g[2])
-    seen.append(_watch(observe, pooled, down, Site(relu=False, norm=False)))
+    down = gated(pooled @ p["down"]["w"], g[2])
+    seen.append(watch(observe, pooled, down, Site(relu=False, norm=False)))
     out = down + (norm2d(p["b"], b) if norm else b)
     return out, jax.tree.map(lambda *v: jnp.stack(v), *seen)
-
-
-def _rescaled(x: Any, norm: bool) -> Any:
-    """Divide by the mean size, held constant, so that a network without norms cannot overflow."""
-    if norm:
-        return x, jnp.zeros(())
-    size = jax.lax.stop_gradient(jnp.mean(jnp.abs(x)))
-    size = jnp.where(size > 0, size, 1.0)
-    return x / size, jnp.log(size)
 
 
 def apply(
@@ -259,9 +207,9 @@ def apply(
     (2, 10)
     """
     g: Any = gates or {"stem": None, "stages": {}, "reductions": {}, "head": None}
-    stem = _gated(conv3(images, params["stem"]["w"]), g["stem"])
-    seen = [_stacked(_watch(observe, images, stem, Site(relu=False, norm=True)))]
-    x, log_scale = _rescaled(norm2d(params["stem"], stem) if norm else stem, norm)
+    stem = gated(conv3(images, params["stem"]["w"]), g["stem"])
+    seen = [stacked(watch(observe, images, stem, Site(relu=False, norm=True)))]
+    x, log_scale = rescaled(norm2d(params["stem"], stem) if norm else stem, norm)
     features = [x]
     run = partial(cell, observe=observe, norm=norm)
 
@@ -269,7 +217,7 @@ def apply(
         x, scale = carry
         p, own = inputs
         x, found = run(p, arch, x, gates=own)
-        x, more = _rescaled(x, norm)
+        x, more = rescaled(x, norm)
         return (x, scale + more), (x, found)
 
     for s in range(3):
@@ -282,7 +230,7 @@ def apply(
         if s < 2:
             p = params["reductions"][str(s)]
             x, found = _reduction(p, x, g["reductions"].get(str(s)), observe, norm)
-            x, more = _rescaled(x, norm)
+            x, more = rescaled(x, norm)
             log_scale = log_scale + more
             features.append(x)
             seen.append(found)
@@ -290,16 +238,12 @@ def apply(
     pooled = jnp.mean(jax.nn.relu(before), (1, 2))
     logits = pooled @ params["head"]["w"]
     logits = logits if g["head"] is None else logits * g["head"]
-    found = _watch(observe, before, logits[:, None, None, :], Site(relu=True, norm=False))
-    seen.append(_stacked(found))
+    found = watch(observe, before, logits[:, None, None, :], Site(relu=True, norm=False))
+    seen.append(stacked(found))
     observed = jax.tree.map(lambda *v: jnp.concatenate(v), *seen)
     # Without norms a bias would break the homogeneity that synflow and the scale rest on.
     logits = logits + params["head"]["bias"][None] if norm else logits
     return Output(logits, log_scale, features, before, observed)
-
-
-def _stacked(tree: Any) -> Any:
-    return jax.tree.map(lambda v: v[None], tree)
 
 
 def pull_blocks(

@@ -85,6 +85,9 @@ def naswot(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> Scor
     def kernel(x: Any, y: Any, site: Any) -> Any:
         codes = (x > 0).astype(jnp.float32).reshape(x.shape[0], -1) * float(site.relu)
         inverse = (1 - codes) * float(site.relu)
+        if site.rectified is not None:
+            there = jnp.broadcast_to(site.rectified, x.shape[1:]).reshape(1, -1)
+            codes, inverse = codes * there, inverse * there
         return codes @ codes.T + inverse @ inverse.T
 
     kernels = needs(model, "forward", "naswot")(theta, images, observe=kernel).observed
@@ -122,7 +125,10 @@ def zen(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> Score:
 
     def variance(inputs: Any, y: Any, site: Any) -> Any:
         mean = jnp.mean(y, (0, 1, 2), keepdims=True)
-        return jnp.mean(jnp.square(y - mean)) if site.norm else jnp.ones(())
+        found = jnp.mean(jnp.square(y - mean)) if site.norm else jnp.ones(())
+        if not site.norm or site.outputs is None:
+            return found
+        return found / jnp.maximum(jnp.mean(site.outputs), 1e-6)  # absent channels vary by 0
 
     def one(inputs: Any) -> Any:
         out = forward(gaussian, inputs, observe=variance)
@@ -163,7 +169,10 @@ def meco(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> Score:
     def smallest(inputs: Any, y: Any, site: Any) -> Any:
         if y.shape[1] == 1:
             return jnp.zeros(())
-        return jnp.linalg.eigvalsh(_correlation(y[0].reshape(-1, y.shape[-1]).T))[0]
+        correlation = _correlation(y[0].reshape(-1, y.shape[-1]).T)
+        if site.outputs is not None:  # give absent channels eigenvalue 1, as large as the mean
+            correlation = correlation + jnp.diag(1 - site.outputs)
+        return jnp.linalg.eigvalsh(correlation)[0]
 
     nodes = needs(model, "forward", "meco")(theta, x, observe=smallest).observed
     return Score(jnp.sum(nodes), nodes)
@@ -189,17 +198,21 @@ def az_parts(model: Model, theta: Any, images: Any, labels: Any, key: Any) -> di
     forward, pull = needs(model, "forward", "az_nas"), needs(model, "pull", "az_nas")
     features = forward(theta, images).features
     entropy = jnp.stack([_spectral_entropy(f.reshape(-1, f.shape[-1])) for f in features])
-    steps = entropy[1:] - entropy[:-1]
+    there = jnp.ones(len(features), bool) if model.blocks is None else model.blocks
+    entropy = masked(entropy, there)
+    steps = jnp.where(there[1:], entropy[1:] - entropy[:-1], 0.0)
     keys = jax.random.split(path_key(key, "az"), len(features))
     signs = [
         jax.random.rademacher(k, f.shape, jnp.float32)
         for k, f in zip(keys[1:], features[1:], strict=True)
     ]
     scores = jnp.stack([_trainability(i, o) for o, i in pull(theta, features, signs)])
+    scores = masked(scores, there[1:])
+    smallest = jnp.min(jnp.where(there[1:], steps, jnp.inf))
     return {
         "az_expressivity": _summed(entropy),
-        "az_progressivity": Score(jnp.min(steps), steps),
-        "az_trainability": Score(jnp.mean(scores), scores),
+        "az_progressivity": Score(smallest, steps),
+        "az_trainability": Score(jnp.sum(scores) / jnp.sum(there[1:]), scores),
     }
 
 

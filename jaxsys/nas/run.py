@@ -98,9 +98,10 @@ class FitResult(NamedTuple):
 
     Attributes:
       tau: `[K]` Kendall's τ-b of each seed.
-      predictions: `[K, N]` for the whole table, training rows included.
+      predictions: `[K, N]` for the whole table, training rows included; means of the members.
+      spread: `[K, N]` their standard deviation, how uncertain the prediction is; 0 for one member.
       rows: `[K, n]` training rows.
-      fitted: parameters, or None for trees.
+      fitted: parameters, members of a seed side by side, or None for trees.
 
     >>> FitResult._fields[0]
     'tau'
@@ -108,6 +109,7 @@ class FitResult(NamedTuple):
 
     tau: np.ndarray
     predictions: np.ndarray
+    spread: np.ndarray
     rows: np.ndarray
     fitted: Fitted | None
 
@@ -140,9 +142,13 @@ def fit_and_test(
     *,
     sizes: PredictorConfig | None = None,
     draws: int = 0,
+    members: int = 1,
     seed: int = 0,
 ) -> FitResult:
     """Train a predictor for each row of training rows and test it on all others.
+
+    With several members a seed's prediction is their mean: they share the training set and differ
+    in initialisation and order.
 
     Args:
       name: one of `PREDICTORS`.
@@ -153,10 +159,11 @@ def fit_and_test(
       config: of the training.
       sizes: of the predictor.
       draws: of Bayesian weights at prediction; 0 uses means.
+      members: trained for each seed.
       seed: of initialisation.
 
     Raises:
-      UserError: for an unknown predictor, or targets as `fit` refuses them.
+      UserError: for an unknown predictor, fewer members than 1, or targets as `fit` refuses them.
 
     >>> x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     >>> inputs = {"nodes": x, "ops": np.zeros((40, 6), int)}
@@ -164,19 +171,24 @@ def fit_and_test(
     >>> bool(found.tau[0] > 0.6)
     True
     """
-    fitted = None
+    if members < 1:
+        raise UserError(f"{members} members are asked for; expected at least 1; raise the number")
+    fitted, own = None, np.repeat(rows, members, 0)
+    wanted = np.repeat(np.broadcast_to(targets, (len(rows), np.shape(targets)[-1])), members, 0)
     if name == "trees":
-        found = boosted_trees(flat_features(inputs), targets, rows)
+        found = boosted_trees(flat_features(inputs), wanted, own)
     else:
         model = predictors.make(name, inputs["nodes"].shape[1], sizes)
-        fitted = fit(model, inputs, targets, rows, config, seed=seed)
+        fitted = fit(model, inputs, wanted, own, config, seed=seed)
         found, _ = predict(model, fitted, inputs, draws=draws, seed=seed)
+    grouped = found.reshape(len(rows), members, -1)
+    found, spread = grouped.mean(1), grouped.std(1)
     tau = []
     wanted = np.broadcast_to(tests, found.shape)
     for scores, own, test in zip(found, rows, wanted, strict=True):
         others = np.setdiff1d(np.arange(len(test)), own)
         tau.append(rank.kendall_tau(scores[others], test[others]))
-    return FitResult(np.array(tau), found, rows, fitted)
+    return FitResult(np.array(tau), found, spread, rows, fitted)
 
 
 def table_inputs(
@@ -269,16 +281,17 @@ def open_table(path: Path, scores: Path | None = None, *, dataset: str | None = 
 
 
 def save_fit(folder: Path, table: Table, found: FitResult) -> None:
-    """Write `predictions.npz` (cells, predictions, training rows) and the parameters by Orbax.
+    """Write `predictions.npz` (cells, predictions, spread, rows) and the parameters by Orbax.
 
     >>> import tempfile
     >>> table = Table(np.zeros((1, 6), np.int32), {})
     >>> folder = Path(tempfile.mkdtemp())
-    >>> save_fit(folder, table, FitResult(np.ones(1), np.ones((1, 1)), np.zeros((1, 1)), None))
+    >>> save_fit(folder, table, FitResult(*[np.ones((1, 1))] * 4, None))
     >>> [f.name for f in folder.iterdir()]
     ['predictions.npz']
     """
-    arrays = {"tau": found.tau, "predictions": found.predictions, "rows": found.rows}
+    arrays = {"tau": found.tau, "predictions": found.predictions}
+    arrays |= {"spread": found.spread, "rows": found.rows}
     cells = {} if table.cells is None else {"cells": table.cells}
     write_npz(folder / "predictions.npz", cells | arrays)
     if found.fitted is not None:

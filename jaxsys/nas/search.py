@@ -40,6 +40,9 @@ class Trace(NamedTuple):
 def from_table(table: Table, column: str) -> Evaluate:
     """Make the function that looks values up in a table.
 
+    A cell that the table does not hold has the value of the cell that computes the same
+    (`space.canonical`), if that is there.
+
     Raises:
       UserError: if the table has no cells, or later for a cell that it does not hold.
 
@@ -54,6 +57,8 @@ def from_table(table: Table, column: str) -> Evaluate:
 
     def evaluate(cells: Any) -> Any:
         found = values[space.to_index(cells)]
+        same = values[space.to_index(space.canonical(cells))]
+        found = np.where(np.isnan(found), same, found)
         absent = np.flatnonzero(np.isnan(found))
         if absent.size:
             text = space.to_string(np.asarray(cells)[absent[0]])

@@ -9,7 +9,8 @@ The schema is one row for each architecture and one column for each quantity:
 * NPZ: one array for each column, first axis the architectures; nothing is unpickled.
 
 Rows whose cell occurs twice, values that are missing, and columns that do not exist are refused by
-name. Files of other spaces need no cell columns: ask for their names with `arch=None`.
+name. Files of other spaces need no cell columns: load them with `cells=False`.
+The name `digits` stands for the benchmark that the package carries; see `digits_benchmark`.
 """
 
 import csv
@@ -26,6 +27,7 @@ import numpy as np
 from jaxsys.core.errors import UserError
 from jaxsys.nas import space
 
+DIGITS = Path(__file__).with_name("digits_cells.npz")
 EDGE_COLUMNS = tuple(f"e{a}{b}" for a, b in space.EDGES)
 
 
@@ -78,7 +80,7 @@ def load(path: Path | str, *, dataset: str | None = None, cells: bool = True) ->
     """Read a table by its ending: .csv, .json or .npz.
 
     Args:
-      path: the file.
+      path: the file, or `digits`.
       dataset: in a file with a column `dataset`, or in NASLib's form, the rows to keep.
       cells: whether rows are NAS-Bench-201 cells.
 
@@ -94,7 +96,7 @@ def load(path: Path | str, *, dataset: str | None = None, cells: bool = True) ->
     >>> load(path).column("acc").tolist()
     [90.5]
     """
-    file = Path(path)
+    file = DIGITS if str(path) == "digits" else Path(path)
     readers = {".csv": _read_csv, ".json": _read_json, ".npz": _read_npz}
     if file.suffix.lower() not in readers:
         raise UserError(
@@ -117,6 +119,25 @@ def load(path: Path | str, *, dataset: str | None = None, cells: bool = True) ->
             )
         columns = {k: v[keep] for k, v in columns.items()}
     return Table(_cells(columns, file.name) if cells else None, columns)
+
+
+def digits_benchmark() -> Table:
+    """Load the benchmark that the package carries: 9,445 cells trained on the 8×8 digits.
+
+    These are all cells that differ once operations through which nothing flows are `none`
+    (`space.canonical`); `experiments/nas/own_benchmark.py` says how they were trained. Columns:
+
+    * valid, test: accuracies in percent, mean of two seeds; test_seeds `[N, 2]`;
+    * test_loss, test_loss_seeds, train_loss: cross-entropies in nats after training;
+    * params, l2_norm, grad_norm, snip, plain, grasp, fisher, synflow, jacob_cov, epe_nas, naswot,
+      zico: proxies of the untrained network; synflow_nodes (logarithms) and snip_nodes `[N, 8]`
+      layer by layer: stem, six edges, classifier.
+
+    >>> table = digits_benchmark()
+    >>> len(table.cells), table.column("snip_nodes").shape
+    (9445, (9445, 8))
+    """
+    return load(DIGITS)
 
 
 def join(left: Table, right: Table) -> Table:
