@@ -58,7 +58,7 @@ def alps(
         UserError: for a sparsity or a pattern that does not fit.
 
     >>> w = jnp.array([[1.0, 4.0, 2.0, 3.0]])
-    >>> alps(w, jnp.eye(4), 0.5)[0].round(3).tolist()
+    >>> alps(w, jnp.eye(4), 0.5)[0].round().tolist()
     [[0.0, 4.0, 0.0, 3.0]]
     """
     if nm is not None:
