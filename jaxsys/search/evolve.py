@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsys.core.errors import UserError
 from jaxsys.search.programs import Grammar, random_programs, stack_heights
+from jaxsys.search.simplify import simplify
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EvolveConfig:
       elites: best individuals that stay.
       mode: generational (all children replace all but the elites) or steady (children replace the
         worst if they are better).
+      oos: rules by which every program is simplified (see `search.simplify`); None for none.
 
     >>> EvolveConfig().population
     96
@@ -47,6 +49,7 @@ class EvolveConfig:
     node_rate: float = 0.2
     elites: int = 2
     mode: str = "generational"
+    oos: str | None = None
 
     def __post_init__(self) -> None:
         rates = (self.tournament, self.crossover, self.mutation, self.node_rate)
@@ -54,6 +57,8 @@ class EvolveConfig:
             raise UserError(f"{self}: rates lie in 0..1 and fewer elites than individuals; mend it")
         if self.mode not in ("generational", "steady"):
             raise UserError(f"mode is {self.mode!r}; expected generational or steady; choose one")
+        if self.oos not in ("paper", "sound", None):
+            raise UserError(f"oos is {self.oos!r}; expected paper, sound or None; choose one")
 
 
 class State(NamedTuple):
@@ -82,6 +87,17 @@ def _finite(values: Any) -> Any:
     return jnp.where(jnp.isfinite(values), values, jnp.inf)
 
 
+def first_programs(grammar: Grammar, config: EvolveConfig, seed: int = 0) -> Int[Array, "P L"]:
+    """Draw the first population, simplified if the configuration says so.
+
+    >>> first_programs(Grammar(("a",)), EvolveConfig(population=4)).shape
+    (4, 31)
+    """
+    programs = jnp.asarray(random_programs(grammar, config.population, seed=seed))
+    rules = config.oos
+    return programs if rules is None else jax.vmap(lambda p: simplify(grammar, p, rules))(programs)
+
+
 def init(grammar: Grammar, config: EvolveConfig, fitness: Fitness, seed: int = 0) -> State:
     """Draw and score the first population.
 
@@ -90,7 +106,7 @@ def init(grammar: Grammar, config: EvolveConfig, fitness: Fitness, seed: int = 0
     >>> state.programs.shape
     (4, 31)
     """
-    programs = jnp.asarray(random_programs(grammar, config.population, seed=seed))
+    programs = first_programs(grammar, config, seed)
     return State(programs, _finite(fitness(programs)), jax.random.key(seed), jnp.zeros((), int))
 
 
@@ -110,23 +126,57 @@ def step(grammar: Grammar, config: EvolveConfig, fitness: Fitness) -> Callable[[
     """
 
     def one(state: State) -> State:
-        key, own = jax.random.split(state.key)
-        keys = jax.random.split(own, config.population)
-        children = jax.vmap(lambda k: _child(grammar, config, state, k))(keys)
+        key, children = offspring(grammar, config, state)
         scores = _finite(fitness(children))
-        if config.mode == "generational":
-            order = jnp.argsort(state.fitness)[: config.elites]
-            programs = jnp.concatenate([state.programs[order], children])
-            values = jnp.concatenate([state.fitness[order], scores])
-            # The elites take the places of the worst children.
-            keep = jnp.argsort(values.at[: config.elites].set(-jnp.inf))[: config.population]
-        else:
-            programs = jnp.concatenate([state.programs, children])
-            values = jnp.concatenate([state.fitness, scores])
-            keep = jnp.argsort(values)[: config.population]
-        return State(programs[keep], values[keep], key, state.generation + 1)
+        keep = survivors(config, state.fitness, scores)
+        programs = jnp.concatenate([state.programs, children])[keep]
+        values = jnp.concatenate([state.fitness, scores])[keep]
+        return State(programs, values, key, state.generation + 1)
 
     return jax.jit(one)
+
+
+def offspring(grammar: Grammar, config: EvolveConfig, state: State) -> tuple[Any, Any]:
+    """Make P children by tournament, crossover, mutation and simplification.
+
+    Returns:
+      The key for the next generation, and the children `[P, L]`.
+
+    >>> g, config = Grammar(("a",)), EvolveConfig(population=4, oos="sound")
+    >>> state = init(g, config, lambda p: jnp.sum(p > 0, 1) * 1.0)
+    >>> offspring(g, config, state)[1].shape
+    (4, 31)
+    """
+    key, own = jax.random.split(state.key)
+    keys = jax.random.split(own, config.population)
+    return key, jax.vmap(lambda k: _child(grammar, config, state, k))(keys)
+
+
+def survivors(
+    config: EvolveConfig, fitness: Float[Array, "P"], scores: Float[Array, "P"]
+) -> Int[Array, "P"]:
+    """Choose who lives on: see `EvolveConfig.mode`.
+
+    Args:
+      config: the rates.
+      fitness: of the population.
+      scores: of its children.
+
+    Returns:
+      Indices into the population followed by the children.
+
+    >>> config, scores = EvolveConfig(population=2, elites=1), jnp.array([3.0, 0.0])
+    >>> survivors(config, jnp.array([1.0, 2.0]), scores).tolist()
+    [0, 3]
+    """
+    children = config.population + jnp.arange(config.population)
+    if config.mode == "steady":
+        return jnp.argsort(jnp.concatenate([fitness, scores]))[: config.population]
+    elites = jnp.argsort(fitness)[: config.elites]
+    # The elites take the places of the worst children.
+    values = jnp.concatenate([jnp.full(config.elites, -jnp.inf, scores.dtype), scores])
+    keep = jnp.argsort(values)[: config.population]
+    return jnp.concatenate([elites, children])[keep]
 
 
 def _child(grammar: Grammar, config: EvolveConfig, state: State, key: Any) -> Any:
@@ -142,7 +192,8 @@ def _child(grammar: Grammar, config: EvolveConfig, state: State, key: Any) -> An
     child = jnp.where(crossed, crossover(grammar, keys[3], first, second), first)
     mutated = jax.random.bernoulli(keys[4], config.mutation)
     changed = mutate(grammar, keys[5], child, config.node_rate)
-    return jnp.where(mutated, changed, child)
+    child = jnp.where(mutated, changed, child)
+    return child if config.oos is None else simplify(grammar, child, config.oos)
 
 
 def _heights(grammar: Grammar, program: Any) -> Any:

@@ -17,6 +17,8 @@ class Operator(NamedTuple):
       name: as in text and in JSON.
       arity: 1 or 2.
       apply: (operands..., repeats...) -> array of the same shape.
+      by_number: whether the right operand enters as one number, so that the result repeats as the
+        left one does.
 
     >>> Operator("neg", 1, lambda x, r: -x).arity
     1
@@ -25,6 +27,7 @@ class Operator(NamedTuple):
     name: str
     arity: int
     apply: Callable[..., Any]
+    by_number: bool = False
 
 
 def _mms(x: Any, r: Any) -> Any:
@@ -37,7 +40,9 @@ def _zsn(x: Any, r: Any) -> Any:
     n = x.size / r
     centred = x - jnp.mean(x)
     variance = jnp.sum(jnp.square(centred)) / r / jnp.maximum(n - 1, 1)
-    return centred / jnp.where(variance > 0, jnp.sqrt(variance), 1.0)
+    # The mean of equal numbers is rounded: without this their z-scores would be noise.
+    varies = (jnp.max(x) > jnp.min(x)) & (variance > 0)
+    return jnp.where(varies, centred / jnp.where(varies, jnp.sqrt(variance), 1.0), 0.0)
 
 
 def _div(x: Any, y: Any, rx: Any, ry: Any) -> Any:
@@ -71,7 +76,7 @@ PAPER: tuple[Operator, ...] = (
     _binary("add", jnp.add),
     _binary("sub", jnp.subtract),
     _binary("mul", jnp.multiply),
-    Operator("div", 2, _div),
+    Operator("div", 2, _div, by_number=True),
 )
 
 # Elementwise throughout, and finite for finite operands of moderate size.

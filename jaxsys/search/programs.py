@@ -187,18 +187,23 @@ def from_string(grammar: Grammar, text: str) -> Int32[np.ndarray, "L"]:
     >>> to_string(g, from_string(g, "abs(W) + X/W"))
     '(abs(W) + (X / W))'
     """
+    text = " ".join(text.split())
     try:
-        root = ast.parse(text.strip(), mode="eval").body
+        root = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         raise UserError(
             f"expression {text!r} stops making sense at position {error.offset}; expected the form "
             "W*sqrt(X); correct it"
         ) from None
+    except (ValueError, MemoryError, RecursionError):  # a null byte, or nested too deeply
+        raise UserError(f"{text[:40]!r} is no expression; expected the form W*sqrt(X)") from None
 
     def refuse(node: Any, what: str) -> UserError:
         known = ", ".join(s for s in grammar.symbols if s)
+        # Python counts bytes.
+        place = len(text.encode()[: node.col_offset].decode()) + 1
         return UserError(
-            f"{what} at position {node.col_offset + 1} of {text!r} is unknown; expected symbols "
+            f"{what} at position {place} of {text!r} is unknown; expected symbols "
             f"out of {known}; correct it"
         )
 
@@ -225,7 +230,10 @@ def from_string(grammar: Grammar, text: str) -> Int32[np.ndarray, "L"]:
             return (f"{node.value:g}",)
         raise refuse(node, "what stands")
 
-    return encode(grammar, visit(root))
+    try:
+        return encode(grammar, visit(root))
+    except RecursionError:
+        raise UserError(f"{text[:40]!r} is nested too deeply; shorten it") from None
 
 
 def to_json(grammar: Grammar, program: Any) -> str:
@@ -262,10 +270,13 @@ def from_json(grammar: Grammar, text: str) -> Int32[np.ndarray, "L"]:
         return (node["data"], *(visit(node.get(side)) for side in ("left", "right")[:arity]))
 
     try:
-        document = json.loads(text)
+        return encode(grammar, visit(json.loads(text)))
+    except RecursionError:
+        raise UserError("the tree is nested too deeply; expected a smaller one") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"the tree is no JSON ({error}); expected data, left, right") from None
-    return encode(grammar, visit(document))
 
 
 def random_programs(

@@ -72,20 +72,34 @@ def test_each_operator_against_numpy(name, terminal):
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_trees_against_the_recursive_evaluator(seed):
-    drawn = programs.random_programs(GRAMMAR, 40, seed=seed)
-    got = np.asarray(jax.jit(lambda p: interpret.run_many(GRAMMAR, p, INPUTS))(drawn))
+def test_ten_thousand_random_trees_against_the_recursive_evaluator():
+    """In double precision, where little leaves its range or is nothing but rounding."""
+    parts = [programs.random_programs(GRAMMAR, 2500, depth=(k, k + 2), seed=k) for k in range(4)]
+    drawn = np.concatenate(parts)
+    with jax.enable_x64(True):
+        wide = {k: jnp.asarray(v, jnp.float64) for k, v in INPUTS.items()}
+        got = np.asarray(jax.jit(lambda p: interpret.run_many(GRAMMAR, p, wide))(drawn))
     compared = 0
     for program, result in zip(drawn, got, strict=True):
         with np.errstate(all="ignore"):
             expected = np.broadcast_to(evaluate(programs.decode(GRAMMAR, program)), (4, 6))
-        # Where single precision passes its range, or cancels to noise, there is nothing to compare.
-        if np.isfinite(expected).all() and 1e-3 < np.abs(expected).max() < 1e6:
-            scale = np.abs(expected).max()
-            close = np.abs(result - expected).max() < 1e-2 * scale
-            compared += bool(close)
-    assert compared >= 28
+        size = np.abs(expected).max()
+        if np.isfinite(expected).all() and 1e-6 < size < 1e12:
+            np.testing.assert_allclose(
+                result, expected, rtol=0, atol=1e-5 * size, err_msg=str(program)
+            )
+            compared += 1
+    assert compared > 8500
+
+
+def test_direct_evaluation_equals_the_interpreter():
+    for program in programs.random_programs(GRAMMAR, 20, seed=11):
+        direct = interpret.evaluate(GRAMMAR, programs.decode(GRAMMAR, program), INPUTS)
+        expected = np.asarray(RUN(program))
+        close = np.isclose(np.broadcast_to(direct, (4, 6)), expected, rtol=1e-3, atol=1e-4)
+        assert close.all() or not np.isfinite(expected).all()
+    with pytest.raises(UserError, match="'G' has no input"):
+        interpret.evaluate(GRAMMAR, ("G",), {"W": 1.0})
 
 
 def test_one_program_serves_every_expression():
@@ -130,8 +144,7 @@ def test_protected_operators_stay_finite():
     a, b = (jnp.asarray(v.reshape(-1)) for v in np.meshgrid(values, values))
     for op in grammar.operators:
         tree = (op.name, *[("a",), ("b",)][: op.arity])
-        program = jnp.asarray(programs.encode(grammar, tree))
-        assert np.isfinite(interpret.run(grammar, program, {"a": a, "b": b})).all(), op.name
+        assert np.isfinite(interpret.evaluate(grammar, tree, {"a": a, "b": b})).all(), op.name
 
 
 @pytest.mark.parametrize(
@@ -141,11 +154,18 @@ def test_protected_operators_stay_finite():
         (lambda: programs.from_string(GRAMMAR, "W*"), "stops making sense"),
         (lambda: programs.from_string(GRAMMAR, "W**3"), "a power other than 2"),
         (lambda: programs.from_string(GRAMMAR, "sin(W)"), "function 'sin'"),
-        (lambda: programs.from_string(GRAMMAR, "W+7"), "constant 7"),
+        (lambda: programs.from_string(GRAMMAR, "W+7"), "constant 7 at position 3"),
+        (lambda: programs.from_string(GRAMMAR, "  W +\n  Y"), "'Y' at position 5 of 'W . Y'"),
+        (lambda: programs.from_string(GRAMMAR, "W + é"), "'é' at position 5"),
+        (lambda: programs.from_string(GRAMMAR, "é(W) + Y"), "'é' at position 1"),
+        (lambda: programs.from_string(GRAMMAR, "(" * 5000 + "W"), "(position|no expression)"),
+        (lambda: programs.from_string(GRAMMAR, "-" * 5000 + "W"), "(deeply|no expression)"),
+        (lambda: programs.from_string(GRAMMAR, "W\0"), "(position|no expression)"),
         (lambda: programs.from_string(GRAMMAR, "abs(W, W)"), "has 2 operands"),
         (lambda: programs.from_string(GRAMMAR, "+".join(["W"] * 17)), "at most 31"),
         (lambda: programs.from_json(GRAMMAR, '{"data": "mul", "left": {"data": "W"}}'), "no tree"),
         (lambda: programs.from_json(GRAMMAR, "{"), "no JSON"),
+        (lambda: programs.from_json(GRAMMAR, '{"data":"abs","left":' * 99999), "(deeply|no JSON)"),
         (lambda: programs.decode(GRAMMAR, [1, 1]), "leaves 2 values"),
         (lambda: programs.decode(GRAMMAR, [GRAMMAR.opcode("add")]), "cannot stand there"),
         (lambda: interpret.run(GRAMMAR, jnp.zeros(31, int), {"W": jnp.ones(1)}), "'G' has no"),
