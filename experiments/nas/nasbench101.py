@@ -4,12 +4,12 @@
     python experiments/nas/nasbench101.py --minutes 3     stops after about as long
     python experiments/nas/nasbench101.py --smoke         half a minute, nothing written
 
-The table has 500 rows of 292 cells, the others being isomorphic to one before; the first row of each
-is scored. Synflow sees 64 channels and the benchmark's 3 cells a stack; snip, grad_norm, naswot and
-l2_norm see 32 channels, 1 cell a stack and 16 CIFAR images. Weights are drawn with seed 0 as PyTorch
-draws by default. Blocks go to `runs/nas/nb101-*`; `results/nasbench101.md` holds what is done so
-far: Kendall's τ-b with validation accuracy of our values and of the table's, and of the two with
-each other.
+The table has 500 rows of 292 cells, the others being isomorphic to one before; the first row of
+each is scored. Synflow sees 64 channels and the benchmark's 3 cells a stack; snip, grad_norm,
+naswot and l2_norm see 32 channels, 1 cell a stack and 16 CIFAR images. Weights are drawn with seed
+0 as PyTorch draws by default. Blocks go to `runs/nas/nb101-*`; `results/nasbench101.md` holds what
+is done so far: Kendall's τ-b with validation accuracy of our values and of the table's, and of the
+two with each other.
 
 Expected: parameters and FLOPs by formula equal to the table's; the rest as in the README.
 """

@@ -8,8 +8,8 @@ vertices is a shift by the channels before, and a layer's surplus weights meet z
 that values and gradients are those of the network without surplus. The first cell of a stack sees
 half the channels; it too gets zeros for the others.
 
-Axes: ``B`` images, ``Y`` and ``X`` rows and columns, ``C`` channels, ``V`` the five vertices between
-input and output, ``S`` slots: stem; for each cell the operations of five vertices, the five
+Axes: ``B`` images, ``Y`` and ``X`` rows and columns, ``C`` channels, ``V`` the five vertices
+between input and output, ``S`` slots: stem; for each cell the operations of five vertices, the five
 projections of its input to them and that to its output; classifier.
 """
 
@@ -93,13 +93,12 @@ def _weight_masks(config: Nb101Config, arch: Any, stack: int) -> dict[str, Any]:
     """Mark the weights of a stack that exist, shaped so that they broadcast to them."""
     m, cells = _masks(arch, config.channels << stack), config.cells
     square = m.own[:, :, None] * m.own[:, None, :]
-    kind = m.ops[:, None, None]
+    three, one = (square * (m.ops == kind)[:, None, None] for kind in (0, 1))
+    three = three[None, :, None, None]
     targets = jnp.concatenate([m.own, jnp.ones_like(m.own[:1])]) * m.fed[:, None]
     return {
-        "w3": jnp.broadcast_to(
-            (square * (kind == 0))[None, :, None, None], (cells, 5, 3, 3, *square.shape[1:])
-        ),
-        "w1": jnp.broadcast_to((square * (kind == 1))[None], (cells, *square.shape)),
+        "w3": jnp.broadcast_to(three, (cells, 5, 3, 3, *square.shape[1:])),
+        "w1": jnp.broadcast_to(one[None], (cells, *square.shape)),
         "wp": _inputs(config, stack)[:, None, :, None] * targets[None, :, None, :],
     }
 
