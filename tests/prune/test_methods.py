@@ -20,18 +20,18 @@ from jaxsys.prune.stats import Stats, add_inputs, finish, init_moments
 sys.path.insert(0, str(Path(__file__).parent))
 import transcription as plain
 
-O, I = 12, 40
+OUT, IN = 12, 40
 RNG = np.random.default_rng(3)
-W = RNG.standard_normal((O, I))
+W = RNG.standard_normal((OUT, IN))
 # Correlated inputs with channels of unlike size and a mean, as in real models.
-MIX = RNG.standard_normal((I, I)) / 6 + np.diag(RNG.uniform(0.2, 3, I))
-INPUTS = (RNG.standard_normal((3, 50, I)) + 0.3) @ MIX
-G = np.abs(RNG.standard_normal((O, I)))
+MIX = RNG.standard_normal((IN, IN)) / 6 + np.diag(RNG.uniform(0.2, 3, IN))
+INPUTS = (RNG.standard_normal((3, 50, IN)) + 0.3) @ MIX
+G = np.abs(RNG.standard_normal((OUT, IN)))
 
 
 @pytest.fixture(scope="module")
 def stats() -> Stats:
-    moments = init_moments(I, outer=True)
+    moments = init_moments(IN, outer=True)
     for batch in (INPUTS[:2], INPUTS[2:]):
         moments = add_inputs(moments, jnp.asarray(batch, jnp.float32))
     return finish(moments)._replace(G=jnp.asarray(G, jnp.float32), G1=jnp.asarray(G, jnp.float32))
@@ -42,7 +42,7 @@ def layer() -> jnp.ndarray:
 
 
 def test_statistics_are_their_formulas(stats):
-    rows = INPUTS.reshape(-1, I)
+    rows = INPUTS.reshape(-1, IN)
     norms = (INPUTS**2).sum(1).mean(0)
     np.testing.assert_allclose(stats.X, norms, rtol=1e-5)
     np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-4, atol=1e-5)
@@ -65,13 +65,13 @@ def test_the_contract(name, pattern, stats):
     assert (weight[~mask] == 0).all()
     if pattern.nm:
         n, m = pattern.nm
-        order = np.arange(I) if found.permutation is None else found.permutation
-        assert (mask[:, order].reshape(O, -1, m).sum(2) == n).all()
+        order = np.arange(IN) if found.permutation is None else found.permutation
+        assert (mask[:, order].reshape(OUT, -1, m).sum(2) == n).all()
     elif pattern.scope == "row":
-        assert ((~mask).sum(1) == int(I * pattern.sparsity)).all()
+        assert ((~mask).sum(1) == int(IN * pattern.sparsity)).all()
     else:
         per_row = name not in ("magnitude", "wanda_alpha", "sparsegpt", "alps")
-        expected = O * int(I * pattern.sparsity) if per_row else int(O * I * pattern.sparsity)
+        expected = OUT * int(IN * pattern.sparsity) if per_row else int(OUT * IN * pattern.sparsity)
         assert (~mask).sum() == expected
     if method.metric not in ("sparsegpt", "alps") and method.update == "none":
         np.testing.assert_array_equal(weight[mask], np.float32(W)[mask])
@@ -123,23 +123,23 @@ def test_an_update_under_a_given_mask_nears_least_squares(stats):
 
 
 def test_sparsegpt_without_correlation_is_magnitude_in_blocks():
-    found, mask, _ = sparsegpt(layer(), jnp.eye(I), 0.5, block=8)
+    found, mask, _ = sparsegpt(layer(), jnp.eye(IN), 0.5, block=8)
     expected = np.concatenate(
-        [~plain.smallest(np.abs(W[:, a : a + 8]), O * 4) for a in range(0, I, 8)], axis=1
+        [~plain.smallest(np.abs(W[:, a : a + 8]), OUT * 4) for a in range(0, IN, 8)], axis=1
     )
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_allclose(found, np.where(expected, W, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_singular_hessians_never_fail():
-    dead = np.zeros((I, I), np.float32)
-    one = np.outer(np.arange(I), np.arange(I)).astype(np.float32)  # rank one, first channel dead
-    for hessian in (dead, one, -np.eye(I, dtype=np.float32), 1e-30 * one, 1e30 * one):
+    dead = np.zeros((IN, IN), np.float32)
+    one = np.outer(np.arange(IN), np.arange(IN)).astype(np.float32)  # rank one, first channel dead
+    for hessian in (dead, one, -np.eye(IN, dtype=np.float32), 1e-30 * one, 1e30 * one):
         assert np.isfinite(inverse_factor(jnp.asarray(hessian), 0.0)).all()
     for hessian in (dead, one):
         found, mask, _ = sparsegpt(layer(), jnp.asarray(hessian), 0.5)
         assert np.isfinite(found).all()
-        assert (~np.asarray(mask)).sum() == O * I // 2
+        assert (~np.asarray(mask)).sum() == OUT * IN // 2
 
 
 def test_alps_is_its_transcription_and_beats_sparsegpt(stats):
@@ -166,14 +166,14 @@ def test_dsnot_is_its_transcription_and_lowers_the_error(stats):
     assert (after <= before + 1e-6).all()
     assert after.sum() < before.sum()
     groups = dsnot(layer(), jnp.asarray(plain.nm_kept(np.abs(W), 2, 4)), stats, nm=(2, 4))
-    assert (np.asarray(groups).reshape(O, -1, 4).sum(2) == 2).all()
+    assert (np.asarray(groups).reshape(OUT, -1, 4).sum(2) == 2).all()
 
 
 def test_permuted_channels_keep_more(stats):
     scores = METRICS["ria"].apply(layer(), stats)
     permutation = permute_channels(scores, 2, 4)
-    assert sorted(permutation.tolist()) == list(range(I))
-    assert retained(scores, permutation, 2, 4) > retained(scores, np.arange(I), 2, 4)
+    assert sorted(permutation.tolist()) == list(range(IN))
+    assert retained(scores, permutation, 2, 4) > retained(scores, np.arange(IN), 2, 4)
     mask = np.asarray(permuted_nm_mask(scores, permutation, 2, 4))
     kept = float(np.asarray(scores)[mask].sum())
     np.testing.assert_allclose(kept, retained(scores, permutation, 2, 4), rtol=1e-5)
@@ -188,8 +188,8 @@ def test_bad_input_is_told(stats):
         prune_linear(layer(), stats, Method(), Pattern(nm=(3, 7)), "h.0")
     with pytest.raises(UserError, match=r"needs the statistic H of h\.0"):
         prune_linear(layer(), Stats(), Method("alps"), Pattern(), "h.0")
+    bad = stats._replace(X=stats.X.at[3].set(jnp.nan))
     with pytest.raises(UserError, match=r"'wanda' gives 12 of 480 scores of h\.0"):
-        bad = stats._replace(X=stats.X.at[3].set(jnp.nan))
         prune_linear(layer(), bad, Method(), Pattern(), "h.0")
     with pytest.raises(UserError, match="chooses mask and weights by itself"):
         Method("sparsegpt", refine="dsnot")
