@@ -81,11 +81,12 @@ def merge_slices(
         ).ravel()
         return
     unit = blocks.unit(config)
-    view = HostView(base, models, unit)
+    view = HostView(base, models, unit, blocks.prepare)
     numbers = blocks.numbers(config, view, weights.astype(np.float64), key)
     flags = blocks.flags(config)
     for own_base, stack, place, count in slices(base, models, unit):
-        part = _block(blocks.block, flags, dtype, numbers, own_base, stack, place)
+        own = blocks.prepare(numbers, own_base, stack) if blocks.prepare else numbers
+        part = _block(blocks.block, flags, dtype, own, own_base, stack, place)
         yield np.asarray(part).reshape(-1)[:count]
 
 

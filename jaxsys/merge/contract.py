@@ -20,6 +20,8 @@ class Blocks(NamedTuple):
       flags: ``flags(config) -> tuple``: what changes the program instead of its numbers.
       unit: ``unit(config) -> str``: ``"elements"``; ``"rows"`` where a slice must hold whole rows
         (vectors along the last axis); ``"whole"`` where the leaf must stay in one piece.
+      prepare: ``prepare(numbers, base, stack) -> numbers``: what NumPy computes better than XLA for
+        each slice on a host, such as ranks; without it the block does so itself.
 
     >>> Blocks(numbers=None, block=None).unit(None)
     'elements'
@@ -29,6 +31,7 @@ class Blocks(NamedTuple):
     block: Any
     flags: Callable[[Any], tuple] = lambda _: ()
     unit: Callable[[Any], str] = lambda _: "elements"
+    prepare: Callable[..., Any] | None = None
 
 
 class Method(NamedTuple):

@@ -21,14 +21,17 @@ from jaxsys.merge.linear import divide_by_sum, f32, whole
 from jaxsys.merge.sparsify import (
     Rescale,
     check_density,
+    host_ranks,
     in_band,
     kept_ranks,
     l1_scale,
+    levels_of_rank,
     magnitude,
     rank_levels,
 )
-from jaxsys.merge.views import View
+from jaxsys.merge.views import View, term_of
 
+_ZERO = np.zeros(2, np.uint32)
 Density = Any  # a number, one for each model as a tuple, or traced
 
 
@@ -244,11 +247,21 @@ def _kept(kind: str, numbers: Any, base: Any, stack: Any, place: Any) -> list[An
         return [jnp.where(d < keep[i], taus[i], 0.0) for i, d in enumerate(drawn)]
     kept = []
     for i, tau in enumerate(taus):
-        keep = rank_levels(tau, numbers["density"][i], numbers["epsilon"][i])
+        density, epsilon = numbers["density"][i], numbers["epsilon"][i]
+        if "ranks" in numbers:
+            keep = levels_of_rank(numbers["ranks"][i], density, epsilon)
+        else:
+            keep = rank_levels(tau, density, epsilon)
         # "rank/expected": each entry is divided by its own probability.
         value = tau * (LEVELS / keep) if kind == "rank/expected" else tau
         kept.append(jnp.where(drawn[i] < keep, value, 0.0))
     return kept
+
+
+def _with_ranks(numbers: dict[str, Any], base: Any, stack: Any) -> dict[str, Any]:
+    """Rank a slice's rows with NumPy."""
+    sizes = [np.asarray(term_of(magnitude, (), (), base, (x,), _ZERO)) for x in stack]
+    return numbers | {"ranks": tuple(host_ranks(size) for size in sizes)}
 
 
 def _l1_terms(flags: tuple, numbers: Any, base: Any, stack: Any, place: Any) -> tuple[Any, ...]:
@@ -297,7 +310,11 @@ def _first_pass(config: Ties, leaves: Any) -> Ties:
 
 def _method(config: type, kind: str, elect: bool, pass_: Any = None) -> Method:
     blocks = Blocks(
-        partial(_numbers, kind), _block, partial(_flags, kind, elect), partial(_unit, kind)
+        partial(_numbers, kind),
+        _block,
+        partial(_flags, kind, elect),
+        partial(_unit, kind),
+        _with_ranks if kind == "rank" else None,
     )
     return Method(partial(whole, blocks), config, "needed", (1, None), pass_, blocks)
 

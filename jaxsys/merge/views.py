@@ -17,6 +17,7 @@ import numpy as np
 
 SLICE = 1 << 18  # elements: three experts and a base in bfloat16 take 2 MiB, which a core caches
 _LANES = 1024
+_LEAST = 4096  # elements: small leaves of many sizes share one program
 _ZERO = np.zeros(2, np.uint32)
 
 Terms = Callable[..., tuple[Any, ...]]
@@ -100,16 +101,20 @@ class HostView:
     [3.0]
     """
 
-    def __init__(self, base: Any, models: Sequence[np.ndarray], unit: str = "elements") -> None:
+    def __init__(
+        self, base: Any, models: Sequence[np.ndarray], unit: str = "elements", prepare: Any = None
+    ) -> None:
         self.xp, self.n, self.size = np, len(models), models[0].size
         self.has_base = base is not None
         self._base, self._models, self._unit = base, models, unit
+        self._prepare = prepare or (lambda numbers, base, stack: numbers)
 
     def sums(self, terms: Terms, flags: tuple = (), numbers: Any = ()) -> np.ndarray:
         """Sum each term over the leaf: columns in float32, the rest in float64."""
         total = np.zeros(())
         for base, stack, place, _ in slices(self._base, self._models, self._unit):
-            found = _summed(terms, flags, numbers, base, stack, place)
+            own = self._prepare(numbers, base, stack)
+            found = _summed(terms, flags, own, base, stack, place)
             total = total + np.array([np.asarray(part).sum(dtype=np.float64) for part in found])
         return total
 
@@ -150,7 +155,7 @@ def slices(
 
     >>> x = np.arange(5.0, dtype=np.float32)
     >>> [(stack[0].shape, count) for _, stack, _, count in slices(None, [x], "elements")]
-    [((1024,), 5)]
+    [((4096,), 5)]
     """
     shape, size = models[0].shape, models[0].size
     arrays = [*models] if base is None else [base, *models]
@@ -162,9 +167,9 @@ def slices(
         width = shape[-1] if shape else 1
         flat = [a.reshape(-1, width) for a in arrays]
         most = max(1, 1 << (SLICE // width).bit_length() - 1) if width <= SLICE else 1
-        least = 1
+        least = min(most, 1 << max(0, _LEAST // max(1, width) - 1).bit_length())
     else:
-        width, most, least = 1, SLICE, _LANES
+        width, most, least = 1, SLICE, _LEAST
         flat = [a.reshape(-1) for a in arrays]
     length = flat[0].shape[0]
     for start in range(0, length, most):

@@ -1,5 +1,7 @@
 """Files of arrays: foreign checkpoints as memory maps, streamed writing, and states of runs."""
 
+from jaxsys.core.checkpoint._mapping import advise
+from jaxsys.core.checkpoint.filling import Filling
 from jaxsys.core.checkpoint.gguf import GgufFile, GgufTensor, GgufTensors, read_gguf
 from jaxsys.core.checkpoint.llama2c import Llama2cHeader, read_llama2c
 from jaxsys.core.checkpoint.runs import RunStore
@@ -11,12 +13,14 @@ from jaxsys.core.checkpoint.safetensors import (
 from jaxsys.core.checkpoint.writer import write_safetensors
 
 __all__ = [
+    "Filling",
     "GgufFile",
     "GgufTensor",
     "GgufTensors",
     "Llama2cHeader",
     "RunStore",
     "SafetensorsHeader",
+    "advise",
     "read_gguf",
     "read_header",
     "read_llama2c",

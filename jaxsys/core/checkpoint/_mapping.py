@@ -1,5 +1,6 @@
 """Map a file into memory, turning what can go wrong with a path into one sentence."""
 
+import contextlib
 import mmap
 from pathlib import Path
 
@@ -37,6 +38,39 @@ def map_file(path: str | Path, *, least_bytes: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check the file") from None
     return np.frombuffer(mapped, np.uint8)
+
+
+def advise(view: np.ndarray, *, need: bool) -> None:
+    """Tell the system that a mapped array is read soon, or that its pages may go.
+
+    Reading ahead fills the page cache without waiting and without taking memory of the process.
+    Pages that go stay in the page cache while there is room, but no longer count as this process's
+    memory. Arrays that are not mapped from a file are left alone.
+
+    Args:
+      view: of a mapped file, as `read_safetensors` gives it.
+      need: read it ahead, or let its pages go.
+    """
+    owner: object = view
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, mmap.mmap) or view.nbytes == 0 or not hasattr(owner, "madvise"):
+        return
+    first = np.frombuffer(owner, np.uint8).ctypes.data
+    start = view.ctypes.data - first
+    if need:
+        here = start - start % mmap.PAGESIZE
+        with contextlib.suppress(OSError):
+            owner.madvise(mmap.MADV_WILLNEED, here, start + view.nbytes - here)
+        return
+    # Whole pages only: the ones at the borders belong to neighbours too.
+    here = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (start + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > here:
+        with contextlib.suppress(OSError):
+            owner.madvise(mmap.MADV_DONTNEED, here, end - here)
 
 
 def short(name: str, most: int = 80) -> str:

@@ -24,7 +24,7 @@ from jaxsys.core.errors import UserError
 
 _ALIGNMENT = 64
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 
 
 def write_safetensors(
@@ -63,6 +63,19 @@ def write_safetensors(
     [0.0, 1.0, 2.0]
     """
     folder = Path(path)
+    plan, fields = plan_files(folder, shapes, shard_bytes, metadata)
+    with _all_or_nothing(folder, list(plan)) as unfinished:
+        for (name, inside), temporary in zip(plan.items(), unfinished, strict=True):
+            with temporary.open("wb") as file:
+                _write_file(file, name, inside, produce, fields)
+    write_index(folder, plan)
+    return [folder / name for name in plan]
+
+
+def plan_files(
+    folder: Path, shapes: Mapping[str, Any], shard_bytes: int, metadata: Mapping[str, Any] | None
+) -> tuple[dict[str, dict[str, jax.ShapeDtypeStruct]], dict[str, str]]:
+    """Deal tensors to files, check what the format cannot hold, and make the folder."""
     specs = {name: _spec(name, leaf) for name, leaf in shapes.items()}
     if shard_bytes < 1:
         raise UserError(f"shard_bytes is {shard_bytes}; at least 1 is needed; raise it")
@@ -73,16 +86,16 @@ def write_safetensors(
         raise UserError("metadata holds more than text; safetensors files keep text only; use str")
     plan = _split(specs, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    with _all_or_nothing(folder, list(plan)) as unfinished:
-        for (name, inside), temporary in zip(plan.items(), unfinished, strict=True):
-            with temporary.open("wb") as file:
-                _write_file(file, name, inside, produce, fields)
+    return plan, fields
+
+
+def write_index(folder: Path, plan: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
+    """Write the index of a checkpoint of several files."""
     if len(plan) > 1:
-        total = sum(_size(spec) for spec in specs.values())
+        total = sum(size_of(spec) for inside in plan.values() for spec in inside.values())
         where = {tensor: name for name, inside in plan.items() for tensor in inside}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         report.atomic_write(folder / INDEX, json.dumps(index, indent=1))
-    return [folder / name for name in plan]
 
 
 def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -97,7 +110,7 @@ def _spec(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
 
 
-def _size(spec: jax.ShapeDtypeStruct) -> int:
+def size_of(spec: jax.ShapeDtypeStruct) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
@@ -108,14 +121,14 @@ def _split(
     shards: list[dict[str, jax.ShapeDtypeStruct]] = [{}]
     filled = 0
     for name, spec in specs.items():
-        if shards[-1] and filled + _size(spec) > shard_bytes:
+        if shards[-1] and filled + size_of(spec) > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = spec
-        filled += _size(spec)
+        filled += size_of(spec)
 
     def rank(item: tuple[str, jax.ShapeDtypeStruct]) -> tuple[bool, int]:
-        return _size(item[1]) % _ALIGNMENT != 0, -item[1].dtype.itemsize
+        return size_of(item[1]) % _ALIGNMENT != 0, -item[1].dtype.itemsize
 
     ordered = [dict(sorted(shard.items(), key=rank)) for shard in shards]
     if len(ordered) == 1:
@@ -126,6 +139,25 @@ def _split(
     }
 
 
+def header_of(
+    inside: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Make the bytes before the data, and say where in the file each tensor starts."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, int] = {}
+    here = 0
+    for name, spec in inside.items():
+        places[name] = here
+        end = here + size_of(spec)
+        kind = _KINDS[spec.dtype]
+        document[name] = {"dtype": kind, "shape": spec.shape, "data_offsets": [here, end]}
+        here = end
+    header = json.dumps(document, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    head = len(header).to_bytes(8, "little") + header
+    return head, {name: len(head) + place for name, place in places.items()}
+
+
 def _write_file(
     file: BinaryIO,
     file_name: str,
@@ -133,16 +165,8 @@ def _write_file(
     produce: Callable[[str], Any],
     metadata: Mapping[str, str],
 ) -> None:
-    document: dict[str, Any] = {"__metadata__": dict(metadata)}
-    here = 0
-    for name, spec in inside.items():
-        end = here + _size(spec)
-        kind = _KINDS[spec.dtype]
-        document[name] = {"dtype": kind, "shape": spec.shape, "data_offsets": [here, end]}
-        here = end
-    header = json.dumps(document, separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    file.write(len(header).to_bytes(8, "little") + header)
+    header, _ = header_of(inside, metadata)
+    file.write(header)
     for name, spec in inside.items():
         array = np.asarray(produce(name))
         if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -159,16 +183,21 @@ def _write_file(
 @contextlib.contextmanager
 def _all_or_nothing(folder: Path, names: list[str]) -> Iterator[list[Path]]:
     """Give temporary paths; on success they take their names and the old checkpoint goes."""
-    unfinished = [folder / f".{name}{_UNFINISHED}" for name in names]
+    unfinished = [folder / f".{name}{UNFINISHED}" for name in names]
     try:
         yield unfinished
-        # The old index first: from here to the new one the folder reads as no checkpoint.
-        stale = [folder / INDEX, folder / SINGLE, *folder.glob("model-?????-of-?????.safetensors")]
-        for old in stale:
-            if len(names) > 1 or old.name != SINGLE:
-                old.unlink(missing_ok=True)
-        for temporary, name in zip(unfinished, names, strict=True):
-            temporary.replace(folder / name)
+        take_names(folder, unfinished, names)
     finally:
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
+
+
+def take_names(folder: Path, unfinished: list[Path], names: list[str]) -> None:
+    """Put complete files in the place of the checkpoint that stood in the folder."""
+    # The old index first: from here to the new one the folder reads as no checkpoint.
+    stale = [folder / INDEX, folder / SINGLE, *folder.glob("model-?????-of-?????.safetensors")]
+    for old in stale:
+        if len(names) > 1 or old.name != SINGLE:
+            old.unlink(missing_ok=True)
+    for temporary, name in zip(unfinished, names, strict=True):
+        temporary.replace(folder / name)
