@@ -122,10 +122,10 @@ def load(path: Path | str, *, dataset: str | None = None, cells: bool = True) ->
 
 
 def digits_benchmark() -> Table:
-    """Load the benchmark that the package carries: 9,445 cells trained on the 8×8 digits.
+    """Load the benchmark that the package carries: 3,375 cells trained on the 8×8 digits.
 
-    These are all cells that differ once operations through which nothing flows are `none`
-    (`space.canonical`); `experiments/nas/own_benchmark.py` says how they were trained. Columns:
+    A random sample of the 9,445 cells that differ once operations through which nothing flows are
+    `none` (`space.canonical`); `experiments/nas/own_benchmark.py` trained them. Columns:
 
     * valid, test: accuracies in percent, mean of two seeds; test_seeds `[N, 2]`;
     * test_loss, test_loss_seeds, train_loss: cross-entropies in nats after training;
@@ -135,7 +135,7 @@ def digits_benchmark() -> Table:
 
     >>> table = digits_benchmark()
     >>> len(table.cells), table.column("snip_nodes").shape
-    (9445, (9445, 8))
+    (3375, (3375, 8))
     """
     return load(DIGITS)
 
