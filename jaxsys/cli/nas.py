@@ -19,7 +19,7 @@ class ScoreCommand(Common):
       out: Folder for scores.npz, totals and node-wise; a run that was stopped goes on there.
       seed: Seed of the images, and of the cells that are drawn.
       cells: Arch strings, or numbers from 0 to 15624.
-      table: Take the cells of this table (.csv, .json, .npz).
+      table: Take the cells of this table (.csv, .json, .npz, or digits: the package's own).
       dataset: Keep the rows of this data set, where the table has several.
       sample: Draw so many of the cells (of all 15,625 if none are named).
       proxies: Names such as synflow, snip, grad_norm, naswot, zico.
@@ -52,7 +52,7 @@ class TableCommand(Common):
       json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for what is written.
       seed: First of the seeds.
-      table: Table with the cells and what is known of them (.csv, .json, .npz).
+      table: Cells and what is known of them (.csv, .json, .npz, or digits: the package's own).
       dataset: Keep the rows of this data set, where the table has several.
       scores: A second table, such as scores.npz of `nas score`, joined by cell.
       columns: Statistics that the predictor sees, totals or node-wise.
@@ -85,10 +85,12 @@ class FitCommand(TableCommand):
     Attributes:
       train: Architectures in a training set.
       draws: Draws of the Bayesian weights at prediction; 0 uses their means.
+      members: Predictors trained for each seed, whose mean ranks and whose spread is written.
     """
 
     train: int = 156
     draws: int = 0
+    members: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,7 @@ def run_fit(config: FitCommand) -> dict[str, Any]:
         rows,
         _fit_config(config),
         draws=config.draws,
+        members=config.members,
         seed=config.seed,
     )
     mean, (low, high) = mean_interval(found.tau)

@@ -61,6 +61,17 @@ def test_trees_rank_the_rest_of_a_table(table, capfd):
     assert _json(capfd, "fit", *options, "--train", "60", "--seeds", "1")["tau"] > 0.7
 
 
+def test_the_package_carries_a_table(tmp_path, capfd):
+    options = ["--target", "valid", "--test", "test", "--columns", "synflow_nodes", "snip"]
+    options += ["--table", "digits", "--predictor", "trees", "--members", "2", "--seeds", "1"]
+    found = _json(capfd, "fit", *options, "--out", str(tmp_path))
+    assert found["tau"] > 0.6
+    assert found["tested"] == len(tables.load("digits").cells) - 156
+    with np.load(tmp_path / "predictions.npz") as written:
+        assert (written["spread"] > 0).any()
+        assert written["predictions"].shape == written["spread"].shape
+
+
 @pytest.mark.parametrize("method", ["random", "guided"])
 def test_search(table, tmp_path, capfd, method):
     options = ["--target", "val", "--test", "test", "--columns", "zen", *FITTING]
