@@ -138,36 +138,38 @@ def _group(path: str, layers: str, filters: Sequence[str]) -> str:
 
 
 def settings(
-    space: Space, vector: Any, config: Any
+    space: Space, vector: Any, config_of: Callable[[str], Any], weights_of: Callable[[str], Any]
 ) -> tuple[Callable[[str], Any], Callable[[str], Any]]:
     """Turn a vector into what `merge_tree` takes: weights and options by path.
 
     Args:
       space: the layout.
       vector: `[n]`, traced or not.
-      config: the method's options, for what is not searched.
+      config_of: path to the method's options, for what is not searched.
+      weights_of: path to the weights, where they are not searched.
 
     >>> from jaxsys.merge.linear import TaskArithmetic
     >>> space = parameter_space(["w"], 1, {"lambda_": Range(0.0, 1.0, 0.3)})
-    >>> settings(space, [0.25], TaskArithmetic())[1]("w").lambda_
+    >>> fixed = lambda path: TaskArithmetic(), lambda path: [1.0]
+    >>> settings(space, [0.25], *fixed)[1]("w").lambda_
     0.25
     """
+    searched = dict.fromkeys(parameter for parameter, _, _ in space.slots)
 
-    def value(parameter: str, group: str) -> Any:
+    def value(parameter: str, path: str) -> Any:
+        group = space.group_of[path]
         if (parameter, None, group) in space.slots:
             return vector[space.slots[parameter, None, group]]
         return tuple(vector[space.slots[parameter, m, group]] for m in range(space.models))
 
-    names = dict.fromkeys(parameter for parameter, _, _ in space.slots)
+    def weights(path: str) -> Any:
+        if "weight" in searched:
+            return jnp.stack(value("weight", path))
+        # Traced though not searched, so that merge_tree sees a program being made.
+        return jnp.asarray(weights_of(path), jnp.float32) + 0 * vector[0]
 
-    def weights_of(path: str) -> Any:
-        if "weight" in names:
-            return jnp.stack(value("weight", space.group_of[path]))
-        # Traced even if it is not searched, so that merge_tree sees a program being made.
-        return jnp.ones(space.models) + 0 * vector[0]
+    def config(path: str) -> Any:
+        own = {name: value(name, path) for name in searched if name != "weight"}
+        return replace(config_of(path), **own)
 
-    def config_of(path: str) -> Any:
-        group = space.group_of[path]
-        return replace(config, **{n: value(n, group) for n in names if n != "weight"})
-
-    return weights_of, config_of
+    return weights, config

@@ -17,7 +17,7 @@ from jaxsys.core.errors import UserError
 from jaxsys.merge.contract import Blocks, Method
 from jaxsys.merge.draws import LEVELS, bits16, key_words, levels
 from jaxsys.merge.histogram import largest, majority_sign
-from jaxsys.merge.linear import divide_by_sum, f32, whole
+from jaxsys.merge.linear import f32, whole
 from jaxsys.merge.sparsify import (
     Rescale,
     check_density,
@@ -209,7 +209,8 @@ def _numbers(kind: str, config: Any, view: View, weights: Any, key: Any) -> dict
         scale = LEVELS / numbers["keep"].astype(xp.float32)
     numbers["scaled"] = f32(xp, scale * weights)
     numbers["weights"] = f32(xp, weights)
-    numbers["divisor"] = f32(xp, xp.sum(weights) / xp.sum(divide_by_sum(xp, weights)))
+    total = xp.sum(weights)
+    numbers["divisor"] = f32(xp, xp.where(xp.abs(total) < 1e-8, 1.0, total))
     numbers["lambda"] = f32(xp, config.lambda_)
     numbers["majority"] = f32(xp, getattr(config, "majority", 1.0))
     return numbers

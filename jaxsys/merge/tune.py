@@ -9,14 +9,14 @@ its record.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxsys.core import report
 from jaxsys.core.errors import UserError
@@ -87,6 +87,7 @@ def merge_objective(
     score: Callable[..., Any],
     *,
     config: Any = None,
+    weights: Any = None,
     key: jax.Array | None = None,
 ) -> Callable[..., Any]:
     """Make the objective: merge as a vector says, and score the result.
@@ -95,7 +96,8 @@ def merge_objective(
       method: name or method; it must work inside a program (global thresholds do not).
       space: from `parameter_space`.
       score: ``score(params, *data) -> number``, lower is better.
-      config: the method's options, for what is not searched.
+      config: the method's options, for what is not searched; or a function from the path to them.
+      weights: w, where they are not searched, `[N]` or a function from the path; ones by default.
       key: random key of the merge, the same for all candidates.
 
     Returns:
@@ -112,8 +114,11 @@ def merge_objective(
     0.75
     """
     found = find_method(METHODS, method) if isinstance(method, str) else method
-    config = found.config() if config is None else config
-    known = {"weight", *vars(config)}
+    usual = found.config() if config is None else config
+    config_of = usual if callable(usual) else lambda path: usual
+    ones = np.ones(space.models, np.float32) if weights is None else weights
+    weights_of = ones if callable(ones) else lambda path: ones
+    known = {"weight", *(field.name for field in fields(found.config))}
     for parameter, _, _ in space.slots:
         if parameter not in known:
             raise UserError(
@@ -122,8 +127,8 @@ def merge_objective(
             )
 
     def objective(vector: Any, models: Any, base: Any, *data: Any) -> Any:
-        weights_of, config_of = settings(space, vector, config)
-        merged = merge_tree(found, models, base=base, weights=weights_of, config=config_of, key=key)
+        own = settings(space, vector, config_of, weights_of)
+        merged = merge_tree(found, models, base=base, weights=own[0], config=own[1], key=key)
         return score(merged, *data)
 
     return objective
@@ -166,12 +171,22 @@ def tune(
     batch = config.at_once if config.at_once > 1 else None
 
     @jax.jit
-    def score(points: Float[Array, "P n"], operands: Any) -> Float[Array, "P"]:
-        return jax.lax.map(lambda p: objective(p, *operands), points, batch_size=batch)
+    def score(points: Float[Array, "P n"], used: Bool[Array, "P"], operands: Any) -> Array:
+        def found(point: Any) -> Any:
+            return jnp.asarray(objective(point, *operands), jnp.float32)
+
+        def one(row: Any) -> Any:
+            # Rows that fill the start up to a population cost nothing, and one program does.
+            return jax.lax.cond(row[1], found, lambda _: jnp.float32(jnp.inf), row[0])
+
+        return jax.lax.map(one, (points, used), batch_size=batch)
 
     def values_of(unit: np.ndarray) -> np.ndarray:
-        points = (low + unit * (high - low)).astype(np.float32)
-        values = np.asarray(score(jnp.asarray(points), tuple(operands)), np.float64)
+        count = len(unit)
+        points = np.zeros((strategy.population_size, len(low)), np.float32)
+        points[:count] = low + unit * (high - low)
+        used = jnp.arange(len(points)) < count
+        values = np.asarray(score(jnp.asarray(points), used, tuple(operands)), np.float64)[:count]
         return np.where(np.isfinite(values), values, np.inf)
 
     record = _Record(out, coordinates, config)
@@ -217,8 +232,8 @@ class _Record:
         self._file = None if out is None else Path(out) / RECORD
         self._lines: list[dict[str, Any]] = []
         # More generations may be asked for than when the record was begun.
-        fields = {k: v for k, v in asdict(config).items() if k not in ("generations", "at_once")}
-        header = {"coordinates": [list(c) for c in coordinates], **fields}
+        options = {k: v for k, v in asdict(config).items() if k not in ("generations", "at_once")}
+        header = {"coordinates": [list(c) for c in coordinates], **options}
         self._told = [json.dumps(header)]
         if self._file and self._file.is_file():
             first, *rest = self._file.read_text(encoding="utf-8").splitlines()

@@ -197,13 +197,11 @@ def _routers(gate, config, tensors, base, experts, key, encode) -> list[np.ndarr
     if gate == "random":
         key = jax.random.key(0) if key is None else key
         bound = 1 / math.sqrt(config.width)
-        names = [
-            f"{lm.layer_prefix(config, i)}.block_sparse_moe.gate" for i in range(config.layers)
-        ]
-        draw = lambda name: jax.random.uniform(  # noqa: E731
-            path_key(key, name), shape, minval=-bound, maxval=bound
-        )
-        return [np.asarray(draw(name)) for name in names]
+        drawn = []
+        for i in range(config.layers):
+            own = path_key(key, f"{lm.layer_prefix(config, i)}.block_sparse_moe.gate.weight")
+            drawn.append(np.asarray(jax.random.uniform(own, shape, minval=-bound, maxval=bound)))
+        return drawn
     encode = encode or _encoder(base)
     reads = _embedded(tensors, config) if gate == "embed" else _read(tensors, config)
     rows = np.stack([_direction(expert, encode, reads) for expert in experts])  # [E, L, D]

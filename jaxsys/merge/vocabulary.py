@@ -10,7 +10,7 @@ the owners'; rows that stand for no token are the mean of all others, as in padd
 True
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -311,7 +311,7 @@ def _defaults(plan: EmbeddingPlan, tensors: Sequence[np.ndarray]) -> np.ndarray:
 
 def settle_tied(
     models: Sequence[Mapping[str, Any]], tied: Sequence[bool], embed: str
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[Mapping[str, Any]], bool]:
     """Bring models with tied embeddings and models without under one set of names.
 
     The result is tied only if all are. Where only some are, those read their embedding as the
@@ -329,10 +329,27 @@ def settle_tied(
     >>> a, tied
     ({'e': 1, 'lm_head.weight': 1}, False)
     """
-    if all(tied):
-        return [{k: v for k, v in model.items() if k != HEAD} for model in models], True
-    named = [
-        dict(model) | ({HEAD: model[embed]} if is_tied else {})
-        for model, is_tied in zip(models, tied, strict=True)
-    ]
-    return named, False
+    result = []
+    for model, is_tied in zip(models, tied, strict=True):
+        names = {name: name for name in model if not (all(tied) and name == HEAD)}
+        names |= {HEAD: embed} if is_tied and not all(tied) else {}
+        # What is made when asked for stays so.
+        plain = isinstance(model, dict)
+        result.append({k: model[n] for k, n in names.items()} if plain else _Named(model, names))
+    return result, all(tied)
+
+
+class _Named(Mapping[str, Any]):
+    """Read a mapping under other names."""
+
+    def __init__(self, model: Mapping[str, Any], names: Mapping[str, str]):
+        self._model, self._names = model, names
+
+    def __getitem__(self, name: str) -> Any:
+        return self._model[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,5 +1,6 @@
 """Vocabularies joined: against the tokenizers package; rows against mergekit's rules by hand."""
 
+import collections
 import json
 
 import numpy as np
@@ -279,5 +280,10 @@ def test_tied_with_untied():
     assert (named, tied) == ([{"e": 1}, {"e": 2}], True)
     named, tied = settle_tied([{"e": 1}, {"e": 2, "lm_head.weight": 3}], [True, False], "e")
     assert (named[0]["lm_head.weight"], tied) == (1, False)
+    # A mapping that computes its tensors is not asked for them.
+    lazy = collections.ChainMap({"e": 1})
+    lazy_named, _ = settle_tied([lazy, {"lm_head.weight": 3}], [True, False], "e")
+    assert not isinstance(lazy_named[0], dict)
+    assert dict(lazy_named[0]) == {"e": 1, "lm_head.weight": 1}
     assert has_token_rows("lm_head.bias")
     assert not has_token_rows("model.layers.0.mlp.up_proj.weight")

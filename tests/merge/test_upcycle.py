@@ -9,6 +9,7 @@ import pytest
 
 from jaxsys.core.errors import UserError
 from jaxsys.merge.upcycle import Expert, upcycle
+from jaxsys.merge.upcycle_recipe import parse_mixture
 from jaxsys.models import lm
 
 CONFIG = lm.LMConfig("llama", 61, 24, 2, 4, 2, 6, 40, 64, eos_ids=(2,))
@@ -117,3 +118,37 @@ def test_mistakes(folders, tmp_path):
     lm.save(tmp_path / "qwen", lm.init(jax.random.key(0), biased), biased)
     refused("qwen2 model", base=tmp_path / "qwen")
     refused("qwen2 model", experts=[three[0], Expert(tmp_path / "qwen")])
+
+
+def test_recipes_are_mergekits():
+    text = """
+    base_model: one
+    gate_mode: cheap_embed
+    dtype: bfloat16
+    experts:
+      - source_model: two
+        positive_prompts: ["a b", "c"]
+        negative_prompts: ["d"]
+      - {source_model: three, positive_prompts: ["e"]}
+    """
+    found = parse_mixture(text)
+    assert found.experts == (Expert("two", ("a b", "c"), ("d",)), Expert("three", ("e",)))
+    assert (found.base, found.gate, found.dtype) == ("one", "embed", "bfloat16")
+    for change, says in (
+        ("shared_experts: []", "shared_experts is not supported"),
+        ("gate_mode: sum", "gate_mode is 'sum'"),
+        ("dtype: int8", "dtype is 'int8'"),
+        ("experts_per_token: two", "'two'"),
+        ("base_model: 3", "base_model is 3"),
+        ("experts: [{source_model: two, noise_scale: 1}]", "noise_scale is not supported"),
+        ("experts: [{source_model: two, positive_prompts: a}]", "no list of texts"),
+        ("experts: [two]", "'two'"),
+        ("experts: two", "lacks experts"),
+        ("x: [", "no YAML"),
+    ):
+        key = change.split(":", maxsplit=1)[0]
+        rest = {"base_model": "one", "experts": "[{source_model: two}]"}
+        rest.pop(key, None)
+        lines = "\n".join(f"{k}: {v}" for k, v in rest.items())
+        with pytest.raises(UserError, match=says):
+            parse_mixture(f"{lines}\n{change}")
