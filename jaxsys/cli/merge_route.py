@@ -70,7 +70,7 @@ class RouteCommand(Common):
     layers: Literal["gaussian", "quantile", "topk", "absolute"] = "gaussian"
     value: float = 1.0
     density: float = 0.1
-    bits: Literal[32, 16, 8, 4] = 16
+    bits: Literal[32, 16, 8, 4, 2] = 16
     threshold: float = 0.5
 
 

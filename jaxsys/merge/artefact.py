@@ -227,11 +227,9 @@ def _fits_values(values: Any, kept: int, experts: int) -> bool:
     if not isinstance(values, Quantized):
         return values.shape == (experts, kept)
     blocks = -(-kept // BLOCK)
-    width = BLOCK // 2 if values.codes.dtype == jnp.uint8 else BLOCK
-    return values.codes.shape == (experts, blocks, width) and values.scale.shape == (
-        experts,
-        blocks,
-    )
+    widths = (BLOCK // 2, BLOCK // 4) if values.codes.dtype == jnp.uint8 else (BLOCK,)
+    *rows, width = values.codes.shape
+    return tuple(rows) == values.scale.shape == (experts, blocks) and width in widths
 
 
 def _router_arrays(router: Router) -> dict[str, Any]:

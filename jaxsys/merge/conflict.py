@@ -115,14 +115,15 @@ def tally(stack: np.ndarray, quantile: float | int = 0.0) -> Tally:
     products = [signs[i] * signs[j] for i, j in pairs]
     split = (signs > 0).any(0) & (signs < 0).any(0)
     flat = stack.reshape(n, -1)
-    total = np.abs(flat).sum(dtype=np.float64)
+    total = float(np.abs(flat).sum(dtype=np.float64))
+    kept = float(np.abs(flat.sum(0, dtype=np.float64)).sum())
     return Tally(
         np.array([np.count_nonzero(p < 0) for p in products], np.float64),
         np.array([np.count_nonzero(p) for p in products], np.float64),
         float(split.sum()),
         float((signs != 0).any(0).sum()),
-        float(total - np.abs(flat.sum(0, dtype=np.float64)).sum(dtype=np.float64)),
-        float(total),
+        total - kept,
+        total,
     )
 
 
@@ -133,7 +134,14 @@ def add(a: Tally, b: Tally) -> Tally:
     >>> add(once, once).total
     12.0
     """
-    return Tally(*(x + y for x, y in zip(a, b, strict=True)))
+    return Tally(
+        a.opposite + b.opposite,
+        a.shared + b.shared,
+        a.split + b.split,
+        a.touched + b.touched,
+        a.cancelled + b.cancelled,
+        a.total + b.total,
+    )
 
 
 def measures(sums: Tally) -> dict[Definition, float]:

@@ -9,7 +9,7 @@ from jax.dtypes import canonicalize_dtype
 
 from jaxsys.merge.conflict import as_flat, check_family, task_vectors
 from jaxsys.merge.routed import Routed
-from jaxsys.merge.sparse import Unified, pack_mask
+from jaxsys.merge.sparse import Part, Unified, pack_mask
 
 
 def elect(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,5 +74,5 @@ def emr(
         found[path] = (jnp.asarray(vector).astype(target), pack_mask(flat_masks))
     # Where nothing of a task was elected there is nothing to scale.
     scale = jnp.asarray(own / np.where(united == 0, 1.0, united), jnp.float32)
-    parts = {path: Unified(vector, mask, scale) for path, (vector, mask) in found.items()}
+    parts: dict[str, Part] = {path: Unified(*own, scale) for path, own in found.items()}
     return Routed(shared, parts)

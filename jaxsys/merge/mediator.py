@@ -81,7 +81,7 @@ class MediatorConfig:
       density: ρ of a sparse part.
       sparsify: ``magnitude``, or ``dare``: places drawn at random, values rescaled.
       dense: what a routed layer's dense part is: the ``mean`` of the experts, or the ``base``.
-      bits: of a sparse value: 32, 16, 8 or 4.
+      bits: of a sparse value: 32, 16, 8, 4 or 2.
       layout: of sparse parts, see `sparse.encode`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Task parts as they are stored: a bit mask with values, indices with values, or one shared vector.
 
 All N experts of a leaf stand in one part, with the same number k of entries each, so shapes are
-static and decoding runs under `jax.jit` and `jax.vmap`. Values are floats, or the integer codes of
-`core.compress` with one scale per block of 256.
+static and decoding runs under `jax.jit` and `jax.vmap`. Values are floats, or integer codes with
+one scale per block of 256: those of `core.compress`, or of two bits.
 """
 
 import math
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from jaxsys.core import compress
 from jaxsys.core.errors import UserError
 
-Bits = Literal[32, 16, 8, 4]
+Bits = Literal[32, 16, 8, 4, 2]
 Layout = Literal["auto", "mask", "index"]
 Values = Any  # an array [N, k], or compress.Quantized with a leading N
 
@@ -160,7 +160,8 @@ def encode(
       density: share kept, in (0, 1].
       layout: ``mask`` (one bit for each place), ``index`` (four bytes for each entry), ``auto`` the
         smaller.
-      bits: of a value: 32 float32, 16 bfloat16, 8 and 4 integer codes with a scale to 256 values.
+      bits: of a value: 32 float32, 16 bfloat16, 8, 4 and 2 integer codes with a scale to 256
+        values.
       keys: a random key for each expert.
 
     Returns:
@@ -197,12 +198,44 @@ def encode_values(values: np.ndarray, bits: Bits) -> Values:
     >>> encode_values(np.ones((1, 2), np.float32), 16).dtype
     dtype(bfloat16)
     """
-    if bits not in (32, 16, 8, 4):
-        raise UserError(f"bits is {bits}; values have 32, 16, 8 or 4 bits; choose one of them")
+    if bits not in (32, 16, 8, 4, 2):
+        raise UserError(f"bits is {bits}; values have 32, 16, 8, 4 or 2 bits; choose one of them")
     if bits > 8:
         return jnp.asarray(values, jnp.float32 if bits == 32 else jnp.bfloat16)
-    rows = [compress.quantize(jnp.asarray(row), bits) for row in values]
+    if bits == 2:
+        return _two_bits(values)
+    width: Literal[8, 4] = 8 if bits == 8 else 4
+    rows = [compress.quantize(jnp.asarray(row), width) for row in values]
     return compress.Quantized(*(jnp.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _two_bits(values: np.ndarray) -> compress.Quantized:
+    """Code values as −1.5, −0.5, 0.5 or 1.5 times their block's scale, four codes to a byte.
+
+    The scale is the one of least squared error among multiples of the block's mean magnitude: with
+    so few levels the largest value, which scales codes of more bits, would be a bad measure.
+    """
+    n, k = values.shape
+    filled = np.pad(np.asarray(values, np.float32), ((0, 0), (0, -k % compress.BLOCK)))
+    blocks = filled.reshape(n, -1, compress.BLOCK)
+    real = (np.arange(filled.shape[1]) < k).reshape(1, -1, compress.BLOCK)
+    size = np.abs(blocks).sum(-1) / real.sum(-1)
+    best, scale = np.full(size.shape, np.inf), np.zeros_like(size)
+    for factor in np.linspace(0.5, 1.5, 11, dtype=np.float32):
+        trial = factor * size
+        error = (np.square(blocks - _levels(blocks, trial)) * real).sum(-1)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, trial, scale)
+    step = np.where(scale == 0, 1.0, scale)[..., None]
+    codes = np.clip(np.floor(blocks / step) + 2, 0, 3).astype(np.uint8)
+    packed = codes[..., 0::4] | codes[..., 1::4] << 2 | codes[..., 2::4] << 4
+    packed |= codes[..., 3::4] << 6
+    return compress.Quantized(jnp.asarray(packed), jnp.asarray(scale, jnp.float32))
+
+
+def _levels(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    step = np.where(scale == 0, 1.0, scale)[..., None]
+    return (np.clip(np.floor(blocks / step), -2, 1) + 0.5) * scale[..., None]
 
 
 def decode_values(values: Values, k: int | None = None) -> Float[Array, "N k"]:
@@ -213,8 +246,14 @@ def decode_values(values: Values, k: int | None = None) -> Float[Array, "N k"]:
     """
     if isinstance(values, compress.Quantized):
         codes, scale = values
-        signed = compress.unpack_int4(codes) if codes.dtype == jnp.uint8 else codes
-        values = (signed.astype(jnp.float32) * scale[..., None]).reshape(codes.shape[0], -1)
+        if codes.dtype != jnp.uint8:
+            steps = codes.astype(jnp.float32)
+        elif codes.shape[-1] == compress.BLOCK // 2:
+            steps = compress.unpack_int4(codes).astype(jnp.float32)
+        else:
+            quarters = jnp.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+            steps = quarters.reshape(*codes.shape[:-1], -1).astype(jnp.float32) - 1.5
+        values = (steps * scale[..., None]).reshape(codes.shape[0], -1)
     return values.astype(jnp.float32)[:, :k]
 
 
@@ -295,8 +334,8 @@ def stored_bytes(stored: Any) -> int:
 def predicted_bytes(n: int, experts: int, density: float, bits: Bits = 16) -> int:
     """Say what `encode` will take for a leaf of n entries, to the byte.
 
-    N (min(⌈n/8⌉, 4k) + k b/8) with k = ρ n; codes of 8 and 4 bits come in blocks of 256, and each
-    block adds a scale of 4 bytes.
+    N (min(⌈n/8⌉, 4k) + k b/8) with k = ρ n; codes of 8, 4 and 2 bits come in blocks of 256, and
+    each block adds a scale of 4 bytes.
 
     >>> predicted_bytes(80, 2, 0.1)
     52

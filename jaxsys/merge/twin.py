@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 
 from jaxsys.merge.conflict import as_flat, check_family
 from jaxsys.merge.routed import Routed
@@ -45,7 +46,8 @@ def twin(
     check_family(flat, others)
     leaves, parts = {}, {}
     for path, leaf in flat.items():
-        leaves[path] = jnp.asarray(leaf, leaf.dtype if dtype is None else dtype)
+        target = canonicalize_dtype(leaf.dtype if dtype is None else dtype)
+        leaves[path] = jnp.asarray(leaf).astype(target)
         start = np.asarray(leaves[path], np.float32)
         rest = np.stack([np.asarray(m[path], np.float32) - start for m in others])
         parts[path] = encode(rest, density, bits=bits)

@@ -204,12 +204,12 @@ def train_gates(
         updates, memory = optimizer.update(grads, memory, gates)
         return optax.apply_updates(gates, updates), memory, loss
 
-    gates = dict(gates)
-    memory, losses = optimizer.init(gates), []
+    trained: dict[str, Gate] = dict(gates)
+    memory, losses = optimizer.init(trained), []
     for i in range(config.steps):
-        gates, memory, loss = step(gates, memory, routed, reference, batch_at(i))
+        trained, memory, loss = step(trained, memory, routed, reference, batch_at(i))
         losses.append(float(loss))
-    return gates, tuple(losses)
+    return trained, tuple(losses)
 
 
 def even_weights(routed: Routed, value: float) -> dict[str, Array]:

@@ -53,7 +53,7 @@ def test_masks_survive_packing(n, seed):
     np.testing.assert_array_equal(np.asarray(sparse.unpack_mask(packed, n)), mask)
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4, 2])
 @pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
 def test_bytes_are_as_predicted(bits, density):
     stack = np.random.default_rng(1).normal(size=(2, 1000)).astype(np.float32)
@@ -67,6 +67,27 @@ def test_few_bits_err_by_at_most_half_a_step(bits, error):
     stack = draw(2)
     found = np.asarray(sparse.decode(sparse.encode(stack, 1.0, bits=bits), SHAPE))
     assert np.abs(found - stack).max() <= error * np.abs(stack).max()
+
+
+def test_two_bits_take_the_best_of_the_scales():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(size=256), rng.uniform(2, 3, 100)]).astype(np.float32)
+    coded = sparse.encode_values(values[None], 2)
+    found = np.asarray(sparse.decode_values(coded, 356))[0]
+    for part in (slice(0, 256), slice(256, 356)):
+        x, y = values[part], found[part]
+        levels = np.unique(np.round(np.abs(y), 5))
+        assert len(levels) <= 2
+        errors = []
+        for factor in np.linspace(0.5, 1.5, 11):
+            step = factor * np.abs(x).mean()
+            nearest = np.array([-1.5, -0.5, 0.5, 1.5]) * step
+            errors.append(np.square(x[:, None] - nearest[None]).min(1).sum())
+        assert np.square(x - y).sum() == pytest.approx(min(errors), rel=1e-4)
+    # A Gaussian keeps 88 % of its energy in four levels.
+    assert np.square(values[:256] - found[:256]).mean() < 0.15
+    nothing = sparse.encode_values(np.zeros((1, 5), np.float32), 2)
+    assert not np.asarray(sparse.decode_values(nothing, 5)).any()
 
 
 def test_dare_keeps_the_number_and_scales_up():
