@@ -20,7 +20,7 @@ GROUPS = {
     "localsgd": "partial local SGD over slow links: compare, train, plan",
     "lm": "language models as checkpoints: info, convert, eval, generate",
     "nas": "zero-cost architecture search: score, fit, search",
-    "merge": "merge models from files to files: run",
+    "merge": "merge models: run, route, conflicts, extract, upcycle, tune",
     "prune": "pruning after training: run, compare, search",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",

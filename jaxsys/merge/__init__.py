@@ -4,8 +4,29 @@ References: arXiv 2203.05482, 2212.04089, 2306.01708, 2311.03099, 2406.11617, 23
 2403.19522, 2408.07990 (merging), 2502.04411 (Mediator).
 """
 
+from jaxsys.merge.artefact import Artefact, load_artefact, save_artefact
+from jaxsys.merge.conflict import Conflicts, conflicts
 from jaxsys.merge.contract import Blocks, Method
 from jaxsys.merge.in_memory import merge_tree
+from jaxsys.merge.mediator import LayerChoice, Mediated, MediatorConfig, mediate
 from jaxsys.merge.methods import METHODS
+from jaxsys.merge.routed import Routed, Server, materialise
 
-__all__ = ["METHODS", "Blocks", "Method", "merge_tree"]
+__all__ = [
+    "METHODS",
+    "Artefact",
+    "Blocks",
+    "Conflicts",
+    "LayerChoice",
+    "Mediated",
+    "MediatorConfig",
+    "Method",
+    "Routed",
+    "Server",
+    "conflicts",
+    "load_artefact",
+    "materialise",
+    "mediate",
+    "merge_tree",
+    "save_artefact",
+]
