@@ -8,7 +8,8 @@
     python experiments/prune/search.py --smoke       half a minute, nothing written
 
 Needs `JAXSYS_DATA`, and the extra `smollm2` for the second. Searches are kept in
-`results/search_MODEL.json` as they are done, and a run goes on with those that are missing.
+`results/search_MODEL.json` as they are done, and a run goes on with those that are missing (with
+`--work DIR` in the middle of one).
 
 Texts: three stretches that do not overlap, for the statistics (G and X), for the loss that is
 minimised, and held out. For stories260K they lie in the first half of a sample of TinyStories, of
@@ -89,7 +90,14 @@ def texts(model: str, opened: Any, plan: Plan) -> Texts:
 
 
 def one_search(
-    opened: Any, parts: Texts, stats: Any, scoring: Scoring, plan: Plan, strategy: str, seed: int
+    opened: Any,
+    parts: Texts,
+    stats: Any,
+    scoring: Scoring,
+    plan: Plan,
+    strategy: str,
+    seed: int,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Search once: curve, finalists, and what recurs among the best."""
     config = GeneticConfig(
@@ -97,7 +105,7 @@ def one_search(
     )
     begin_s = time.perf_counter()
     found, rows = search_lm(
-        opened.model.params, opened.config, parts, scoring, config, stats=stats, top=5
+        opened.model.params, opened.config, parts, scoring, config, stats=stats, top=5, out=out
     )
     held = np.asarray(found.state.archive.programs)[np.isfinite(found.state.archive.fitness)]
     return {
@@ -127,7 +135,7 @@ def behind_pruned_blocks(
     return found
 
 
-def run(model: str, plan: Plan, kept: dict[str, Any], save: Any) -> None:
+def run(model: str, plan: Plan, kept: dict[str, Any], save: Any, work: Path | None) -> None:
     """Do the searches that are missing."""
     opened = open_model(model)
     parts = texts(model, opened, plan)
@@ -142,7 +150,8 @@ def run(model: str, plan: Plan, kept: dict[str, Any], save: Any) -> None:
             for strategy in STRATEGIES:
                 key = f"{sparsity} {strategy} {seed}"
                 if key not in kept:
-                    found = one_search(opened, parts, stats, scoring, plan, strategy, seed)
+                    out = None if work is None else work / f"{model} {key}".replace(" ", "_")
+                    found = one_search(opened, parts, stats, scoring, plan, strategy, seed, out)
                     kept[key] = found
                     save()
                     print(key, f"{found['best'][-1]:.4f}", f"{found['seconds']:.0f} s", flush=True)
@@ -261,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", choices=tuple(PLANS), default="stories260k")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder for states of unfinished searches")
     given = parser.parse_args()
     file = RESULTS / f"search_{given.model}.json"
     kept: dict[str, Any] = {}
@@ -277,8 +287,9 @@ def main() -> None:
         return
     if file.exists():
         kept = json.loads(file.read_text())
-    run(given.model, PLANS[given.model], kept, lambda: atomic_write(file, to_json(kept) + "\n"))
-    print(page(given.model, PLANS[given.model], kept))
+    plan = PLANS[given.model]
+    run(given.model, plan, kept, lambda: atomic_write(file, to_json(kept) + "\n"), given.work)
+    print(page(given.model, plan, kept))
 
 
 if __name__ == "__main__":
