@@ -12,25 +12,27 @@ Images = Literal["noise", "digits", "cifar"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreCommand(Common):
-    """Score NAS-Bench-201 cells with zero-cost proxies.
+    """Score architectures of a search space with zero-cost proxies.
 
     Attributes:
       json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for scores.npz, totals and node-wise; a run that was stopped goes on there.
       seed: Seed of the images, and of the cells that are drawn.
-      cells: Arch strings, or numbers from 0 to 15624.
+      space: nb201 (NAS-Bench-201), nb101 (NAS-Bench-101), darts or vit (AutoFormer's).
+      cells: Architectures as the space writes them; of nb201 also numbers from 0 to 15624.
       table: Take the cells of this table (.csv, .json, .npz, or digits: the package's own).
       dataset: Keep the rows of this data set, where the table has several.
-      sample: Draw so many of the cells (of all 15,625 if none are named).
+      sample: Draw so many of the cells (of the whole space if none are named).
       proxies: Names such as synflow, snip, grad_norm, naswot, zico.
       images: What the network sees.
       batch: Images.
       inits: Initialisations that are averaged.
-      channels: Of the first stage.
-      depth: Cells in each of the three stages.
+      channels: Of the first stage or tokens (nb201 16, nb101 128, darts 16, vit 192).
+      depth: Cells in a stage (nb201 5, nb101 3), in all (darts 8), or layers (vit 12).
       block: Cells scored at a time; less needs less memory.
     """
 
+    space: Literal["nb201", "nb101", "darts", "vit"] = "nb201"
     cells: tuple[str, ...] = ()
     table: Path | None = None
     dataset: str | None = None
@@ -39,8 +41,8 @@ class ScoreCommand(Common):
     images: Images = "noise"
     batch: int = 16
     inits: int = 1
-    channels: int = 16
-    depth: int = 5
+    channels: int | None = None
+    depth: int | None = None
     block: int = 64
 
 
@@ -113,22 +115,25 @@ class SearchCommand(TableCommand):
 def run_score(config: ScoreCommand) -> dict[str, Any]:
     """Print a table of scores."""
     from jaxsys.core.report import print_table
-    from jaxsys.nas import space
     from jaxsys.nas.batches import image_batch
-    from jaxsys.nas.network import NetworkConfig
-    from jaxsys.nas.run import choose_cells, score_cells
+    from jaxsys.nas.run import choose_cells
     from jaxsys.nas.score import ScoreConfig
+    from jaxsys.nas.spaces import choose_archs, open_space, score_archs
 
     wanted = ScoreConfig(config.proxies, tuple(range(config.inits)))
-    cells = choose_cells(
-        config.cells, config.table, config.sample, dataset=config.dataset, seed=config.seed
-    )
     images, labels = image_batch(config.images, config.batch, seed=config.seed)
-    network = NetworkConfig(config.channels, config.depth, image_channels=images.shape[-1])
-    found = score_cells(cells, images, labels, wanted, network, out=config.out, block=config.block)
+    sizes: dict[str, Any] = {"channels": config.channels, "depth": config.depth}
+    opened = open_space(config.space, **sizes, image_channels=images.shape[-1])
+    named = (config.cells, config.table, config.sample)
+    drawn: dict[str, Any] = {"dataset": config.dataset, "seed": config.seed}
+    if config.space == "nb201":
+        cells = choose_cells(*named, **drawn)
+    else:
+        cells = choose_archs(opened, *named, space=config.space, **drawn)
+    found = score_archs(opened, cells, images, labels, wanted, out=config.out, block=config.block)
     totals = {name: values.mean(1) for name, values in found.totals.items()}
     rows = [
-        {"cell": space.to_string(cell)} | {name: float(v[i]) for name, v in totals.items()}
+        {"cell": opened.text(cell)} | {name: float(v[i]) for name, v in totals.items()}
         for i, cell in enumerate(cells)
     ]
     if not config.json:

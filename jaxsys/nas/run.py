@@ -1,7 +1,6 @@
 """From a table and a few settings to results: what the command line and the experiments share."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +13,10 @@ from jaxsys.nas import predictor as predictors
 from jaxsys.nas import rank, search, space
 from jaxsys.nas.features import flat_features, predictor_inputs
 from jaxsys.nas.fit import FitConfig, Fitted, boosted_trees, fit, predict
-from jaxsys.nas.model import cell_model
 from jaxsys.nas.network import NetworkConfig
 from jaxsys.nas.predictor import PredictorConfig
-from jaxsys.nas.score import ScoreConfig, Scores, score_all, write_npz
+from jaxsys.nas.score import ScoreConfig, Scores, write_npz
+from jaxsys.nas.spaces import nas_bench_201, score_archs
 from jaxsys.nas.tables import Table, join, load
 
 PREDICTORS = (*predictors.MODULES, "trees")
@@ -68,29 +67,8 @@ def score_cells(
     >>> found.totals["params"].shape
     (2, 1)
     """
-    if not len(cells):
-        raise UserError(
-            "no cells are named; expected arch strings or numbers, a table, or how many to draw; "
-            "name some"
-        )
-    if images.shape[-1] != network.image_channels or images.shape[1] % 4:
-        raise UserError(
-            f"images have shape {images.shape[1:]}; expected {network.image_channels} channels and "
-            "rows that 4 divides; choose other images"
-        )
-    make = partial(cell_model, config=network)
-    folder = None if out is None else out / "blocks"
-    found = score_all(make, cells, images, labels, config, block=block, folder=folder)
-    if found is None:
-        raise UserError(
-            "other processes have not finished their blocks yet; expected all in the folder; run "
-            "the command once more"
-        )
-    if out is not None:
-        arrays = {"cells": cells} | {k: v.mean(1) for k, v in found.totals.items()}
-        arrays |= {f"{k}.nodes": v.mean(1) for k, v in found.nodes.items()}
-        write_npz(out / "scores.npz", arrays)
-    return found
+    opened = nas_bench_201(network)
+    return score_archs(opened, cells, images, labels, config, out=out, block=block)
 
 
 class FitResult(NamedTuple):

@@ -38,7 +38,8 @@ def _masks(arch: Any, config: VitConfig) -> _Masks:
     n = config.layers
 
     def first(count: Any, size: int) -> Any:
-        return (jnp.arange(size) < count[..., None]).astype(jnp.float32)
+        places = jnp.broadcast_to(jnp.arange(size), (*jnp.shape(count), size))
+        return (places < count[..., None]).astype(jnp.float32)
 
     return _Masks(
         first(arch[0], max(config.widths)),
