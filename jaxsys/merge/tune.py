@@ -141,6 +141,7 @@ def tune(
     config: TuneConfig = TuneConfig(),
     *,
     out: str | Path | None = None,
+    identity: str = "",
     progress: Callable[[int, float], None] | None = None,
 ) -> Tuned:
     """Search for the vector with the least objective.
@@ -152,6 +153,7 @@ def tune(
       operands: what the objective works on: models, data.
       config: the search.
       out: folder of the record; a search that was stopped goes on from it.
+      identity: what else the record belongs to, such as a hash of models and data.
       progress: called with generation and best value.
 
     Returns:
@@ -189,7 +191,7 @@ def tune(
         values = np.asarray(score(jnp.asarray(points), used, tuple(operands)), np.float64)[:count]
         return np.where(np.isfinite(values), values, np.inf)
 
-    record = _Record(out, coordinates, config)
+    record = _Record(out, coordinates, config, identity)
     begin = record.next()
     if begin is None:
         begin = record.add(((start - low) / (high - low))[None], values_of)
@@ -227,22 +229,30 @@ class _Record:
     """Keep candidates and values, one JSON line a generation; give back those of a stopped run."""
 
     def __init__(
-        self, out: str | Path | None, coordinates: Sequence[Coordinate], config: TuneConfig
+        self,
+        out: str | Path | None,
+        coordinates: Sequence[Coordinate],
+        config: TuneConfig,
+        identity: str,
     ):
         self._file = None if out is None else Path(out) / RECORD
-        self._lines: list[dict[str, Any]] = []
         # More generations may be asked for than when the record was begun.
         options = {k: v for k, v in asdict(config).items() if k not in ("generations", "at_once")}
-        header = {"coordinates": [list(c) for c in coordinates], **options}
-        self._told = [json.dumps(header)]
+        header = {"coordinates": [list(c) for c in coordinates], "identity": identity} | options
+        found: list[Any] = []
         if self._file and self._file.is_file():
-            first, *rest = self._file.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) != json.loads(self._told[0]):
+            try:
+                found = [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+            except ValueError:
+                found = [None]
+            if found[:1] != [json.loads(json.dumps(header))]:
                 raise UserError(
-                    f"{self._file} is the record of another search; expected the same parameters, "
-                    "ranges, population, step and seed; name another folder or remove it"
+                    f"{self._file} is the record of another search; expected the same models, "
+                    "data, parameters, ranges, population, step and seed; name another folder or "
+                    "remove it"
                 )
-            self._lines = [json.loads(line) for line in rest]
+        self._told = [json.dumps(header)]
+        self._lines: list[dict[str, Any]] = found[1:]
 
     def next(self, asked: np.ndarray | None = None) -> np.ndarray | None:
         """Give the values of the next recorded generation, None after the last one."""

@@ -1,5 +1,6 @@
 """Search the numbers of a recipe for the least loss of the merged language model on a text."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -119,7 +120,15 @@ def tune_recipe(
     )
     operands = (models, base, copied, jnp.asarray(tokens))
     search = config or TuneConfig()
-    found = tune(objective, space.coordinates, operands, search, out=out, progress=progress)
+    found = tune(
+        objective,
+        space.coordinates,
+        operands,
+        search,
+        out=out,
+        identity=_identity(document, plan, tokens, key),
+        progress=progress,
+    )
     names = [plan.sources[number].name for number, _ in merged[0].inputs]
     best = write_values(document, space, found.best, names)
     file = None
@@ -129,6 +138,17 @@ def tune_recipe(
         file = Path(out) / FOUND
         report.atomic_write(file, yaml.safe_dump(best, sort_keys=False))
     return TunedRecipe(found, best, file)
+
+
+def _identity(document: Mapping[str, Any], plan: MergePlan, tokens: Any, key: Any) -> str:
+    """Hash what decides a candidate's value: recipe, text, key, and the models' files by age."""
+    told = [json.dumps(document, sort_keys=True, default=str), repr(np.asarray(tokens).tolist())]
+    told.append("" if key is None else repr(jax.random.key_data(key).tolist()))
+    for source in plan.sources:
+        place = source.folder or Path(split_reference(source.name)[0])
+        for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+            told.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
 
 
 def _field(name: str) -> str:
