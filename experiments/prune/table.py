@@ -99,7 +99,8 @@ def page(model: str, rows: list[dict[str, Any]]) -> None:
         f"`python experiments/prune/table.py {model}` on {machine(devices=True)}.",
     ]
     atomic_write(RESULTS / f"table_{model}.md", "\n\n".join(lines) + "\n")
-    plot(rows, "perplexity", RESULTS / f"table_{model}.png", model)
+    if any(row["pattern"] != "-" for row in rows):
+        plot(rows, "perplexity", RESULTS / f"table_{model}.png", model)
 
 
 def run(model: str, given: argparse.Namespace) -> None:
@@ -132,6 +133,8 @@ def run(model: str, given: argparse.Namespace) -> None:
             if not given.smoke:
                 append_jsonl(file, row)
                 page(model, rows)
+            if time.perf_counter() - given.begin_s > 60 * given.minutes:
+                return
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -146,6 +149,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a little, nothing written")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--patterns", nargs="+", help=f"some of {' '.join(PATTERNS)}")
+    parser.add_argument("--minutes", type=float, default=600, help="begin no row after so many")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     given = parser.parse_args()
     if given.smoke:
@@ -154,10 +158,10 @@ def main() -> int:
             return 0
         given.methods = ["dense", "magnitude", "wanda", "sparsegpt", "gblm"]
         given.patterns = ["0.5"]
-    begin_s = time.perf_counter()
+    given.begin_s = time.perf_counter()
     for model in given.models or ["stories260k"]:
         run(model, given)
-    print(f"{time.perf_counter() - begin_s:.0f} s", file=sys.stderr)
+    print(f"{time.perf_counter() - given.begin_s:.0f} s", file=sys.stderr)
     return 0
 
 

@@ -216,7 +216,8 @@ def run_compare(config: CompareCommand) -> dict[str, Any]:
     table = summarise(rows, "perplexity")
     if config.out is not None:
         atomic_write(config.out / "compare.md", markdown_table(table))
-        plot(rows, "perplexity", config.out / "compare.png", config.model)
+        if any(row["pattern"] != "-" for row in rows):
+            plot(rows, "perplexity", config.out / "compare.png", config.model)
     if not config.json:
         print_table(table, title=f"{config.model}: perplexity of held-out text")
     return {"model": config.model, "rows": rows}

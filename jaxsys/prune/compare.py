@@ -174,12 +174,17 @@ def plot(rows: Sequence[Mapping[str, Any]], figure: str, path: Any, title: str =
         path: ends in .png, .svg or .pdf.
         title: above.
 
+    Raises:
+        UserError: if only the dense model was scored.
+
     >>> import tempfile
     >>> rows = [{"method": "wanda", "pattern": "50%", "seed": 0, "loss": 2.0}]
     >>> plot(rows, "loss", f"{tempfile.mkdtemp()}/a.png")
     """
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != "-"))
-    fig, axes = report.figure(1, max(len(patterns), 1), width=3.2, height=3.4)
+    if not patterns:
+        raise UserError("there is no pruned row to draw; compare at least one method but dense")
+    fig, axes = report.figure(1, len(patterns), width=3.2, height=3.4)
     dense = [row[figure] for row in rows if row["method"] == "dense"]
     for axis, pattern in zip(axes[0], patterns, strict=True):
         own = [row for row in rows if row["pattern"] == pattern]
