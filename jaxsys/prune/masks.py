@@ -165,7 +165,7 @@ def block_mask(scores: Float[Array, "O I"], block: tuple[int, int], sparsity: fl
     return jnp.repeat(jnp.repeat(kept, rows, axis=0), columns, axis=1)
 
 
-def check_block(block: tuple[int, int], shape: tuple[int, int], where: str = "the matrix") -> None:
+def check_block(block: tuple[int, int], shape: tuple[int, ...], where: str = "the matrix") -> None:
     """Refuse blocks that do not divide a matrix.
 
     Raises:

@@ -52,7 +52,7 @@ class Pattern:
         share = f"{100 * self.sparsity:g}%"
         return f"{share} in {self.block[0]}x{self.block[1]}" if self.block else share
 
-    def check(self, shape: tuple[int, int], where: str) -> None:
+    def check(self, shape: tuple[int, ...], where: str) -> None:
         """Refuse a layer that the pattern does not divide.
 
         Args:
