@@ -73,9 +73,20 @@ def texts(model: str) -> tuple[str, str]:
 
 
 def searched(model: str) -> tuple[str, ...]:
-    """Give the best expression that our own search found, if it was run."""
-    file = RESULTS / f"searched_{model}.txt"
-    return tuple(file.read_text().split("\n")[:1]) if file.exists() else ()
+    """Give the expression of our own searches at 50 % with the least held-out loss, if any.
+
+    That loss is of text which the search did not minimise and which is not the test text here.
+    """
+    file = RESULTS / f"search_{model}.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    best = [
+        row
+        for key, record in kept.items()
+        if key.startswith("0.5 evolution")
+        for row in record["rows"]
+        if row["metric"] == "found 1"
+    ]
+    return (min(best, key=lambda row: row["held-out loss"])["expression"],) if best else ()
 
 
 def page(model: str, rows: list[dict[str, Any]]) -> None:
