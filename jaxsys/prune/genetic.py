@@ -336,11 +336,7 @@ def search(
             random=random,
             mesh=mesh,
         )
-        seen = history[-1] if history else {"evaluations": 0, "fresh": 0}
-        entry = {"generation": generation + 1, "evaluations": seen["evaluations"] + size}
-        entry |= {"fresh": seen["fresh"] + int(info.fresh), "finite": int(info.finite)}
-        entry |= {"best": float(info.best), "median": float(info.median)}
-        history.append(entry | {"expression": _text(scoring.grammar, state)})
+        history.append(_entry(history, info, size, _text(scoring.grammar, state)))
         last = generation + 1 == config.generations
         if store is not None and (last or time.monotonic() - saved_s > SAVE_EVERY_S):
             store.save(generation + 1, state, {"history": history, "settings": settings})
@@ -353,6 +349,21 @@ def search(
             "look at its weights, or lower the sparsity"
         )
     return Found(state, history, scoring.grammar)
+
+
+def _entry(
+    history: list[dict[str, Any]], info: Info, size: int, expression: str | None
+) -> dict[str, Any]:
+    before = history[-1] if history else {"evaluations": 0, "fresh": 0}
+    return {
+        "generation": len(history) + 1,
+        "evaluations": before["evaluations"] + size,
+        "fresh": before["fresh"] + int(info.fresh),
+        "finite": int(info.finite),
+        "best": float(info.best),
+        "median": float(info.median),
+        "expression": expression,
+    }
 
 
 def _mixed(seed: int, generation: int) -> int:

@@ -18,6 +18,8 @@ from jaxsys.models import lm
 from jaxsys.prune.blocks import block_gradients, dense_stats, lm_blocks
 from jaxsys.prune.expression import FORMULAS
 from jaxsys.prune.genetic import Found, GeneticConfig, search
+from jaxsys.prune.methods import Method
+from jaxsys.prune.plan import check_model
 from jaxsys.prune.population import Scoring, evaluate, none_known, stack_layers
 from jaxsys.prune.stats import Stats
 from jaxsys.search.programs import Grammar, decode, from_string
@@ -158,19 +160,21 @@ def search_lm(
       What was found, and rows: expression, loss of the fitness text and of the held-out text.
 
     Raises:
-      UserError: see `genetic.search`.
+      UserError: for a pattern that does not divide a layer; else see `genetic.search`.
 
     >>> import jax
-    >>> from jaxsys.search.evolve import EvolveConfig
+    >>> from jaxsys.prune.patterns import Pattern
     >>> config = lm.LMConfig("llama", 9, 4, 1, 1, 1, 4, 4, 8)
-    >>> texts = draw_texts(np.arange(48) % 9, (1, 1, 1), 8)
-    >>> scoring = Scoring(LmLoss(config), Grammar(("W",), Grammar(("W",)).operators[:2]))
-    >>> genetic = GeneticConfig(EvolveConfig(population=4), generations=1, archive=4)
-    >>> params = lm.init(jax.random.key(0), config)
-    >>> [row["metric"] for row in search_lm(params, config, texts, scoring, genetic, top=1)[1]]
-    ['dense', 'magnitude', 'found 1']
+    >>> texts, scoring = draw_texts(np.arange(48) % 9, (1, 1, 1), 8), Scoring(LmLoss(config))
+    >>> thirds = replace(scoring, pattern=Pattern(nm=(1, 3)))
+    >>> search_lm(lm.init(jax.random.key(0), config), config, texts, thirds, GeneticConfig())
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: pattern 1:3 does not divide the 4 inputs of model.layers.0...
     """
-    scoring = replace(scoring, in_out=lm_blocks(config).in_out)
+    blocks = lm_blocks(config)
+    check_model(blocks, lm.shapes(config), Method(), scoring.pattern)
+    scoring = replace(scoring, in_out=blocks.in_out)
     if stats is None:
         stats = lm_statistics(params, config, texts.statistics, scoring.grammar.terminals)
     fitness, held_out = jnp.asarray(texts.fitness), jnp.asarray(texts.held_out)
