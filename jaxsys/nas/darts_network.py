@@ -125,9 +125,9 @@ def cell(
       `[B, Y, X, 4·C]`, and the observations stacked over the slots.
 
     >>> config, arch = DartsConfig(2, 3), jnp.zeros((2, 8, 2), jnp.int32)
-    >>> params = init(jax.random.key(0), arch, config)["groups"]["0"]
-    >>> p, x = jax.tree.map(lambda v: v[0], params), jnp.ones((1, 4, 4, 8))
-    >>> cell(p, arch[0], (x, x), False)[0].shape
+    >>> tree = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))["groups"]
+    >>> p, x = jax.tree.map(lambda v: jnp.ones(v.shape[1:]), tree["0"]), jnp.ones((1, 4, 4, 8))
+    >>> jax.eval_shape(lambda x: cell(p, arch[0], (x, x), False)[0], x).shape
     (1, 4, 4, 8)
     """
     states, seen = [], []

@@ -100,9 +100,9 @@ def _edge_masks(arch: Any, reduces: bool) -> dict[str, Any]:
 def existing(params: dict[str, Any], config: DartsConfig) -> dict[str, Any]:
     """Put zeros into input convolutions where there is nothing to convolve.
 
-    >>> config = DartsConfig(2, 3)
-    >>> params = init(jax.random.key(0), jnp.zeros((2, 8, 2), jnp.int32), config)
-    >>> sorted(existing(params, config))
+    >>> config, arch = DartsConfig(2, 3), jnp.zeros((2, 8, 2), jnp.int32)
+    >>> params = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))
+    >>> sorted(jax.eval_shape(lambda params: existing(params, config), params))
     ['0', '1', '2']
     """
     runs = zip(groups(config), params["groups"].items(), strict=True)
@@ -146,8 +146,8 @@ def init(key: jax.Array, arch: Any, config: DartsConfig) -> dict[str, Any]:
       Nested dict; the leaves of a run of alike cells have the leading axis `[cells]`. Weights that
       the genotype does not use are 0.
 
-    >>> shapes = jax.eval_shape(partial(init, config=DartsConfig(2, 3)), jax.random.key(0),
-    ...                         jnp.zeros((2, 8, 2), jnp.int32))
+    >>> config, arch = DartsConfig(2, 3), jnp.zeros((2, 8, 2), jnp.int32)
+    >>> shapes = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))
     >>> shapes["groups"]["1"]["dw1"].shape
     (1, 8, 5, 5, 4)
     """
@@ -213,7 +213,8 @@ def nodes(arch: Any, config: DartsConfig, tree: Any, reduce: Any = jnp.sum) -> F
     """Reduce a tree shaped like the parameters to one number for each slot.
 
     >>> config, arch = DartsConfig(2, 3), jnp.zeros((2, 8, 2), jnp.int32)
-    >>> nodes(arch, config, init(jax.random.key(0), arch, config), jnp.size).shape
+    >>> tree = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))
+    >>> jax.eval_shape(lambda tree: nodes(arch, config, tree), tree).shape
     (104,)
     """
     parts, each = [reduce(tree["stem"]["w"])[None]], jax.vmap(jax.vmap(reduce))

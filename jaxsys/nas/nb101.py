@@ -217,7 +217,7 @@ def vertex_channels(
     return xp.stack([xp.zeros_like(found[0]), *found[::-1]], -1)
 
 
-def _counts(archs: Any, channels: int, modules: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _counts(archs: Any, channels: int, modules: int, rows: int) -> tuple[Any, Any]:
     """Count parameters and operations of the cells alone."""
     a = np.asarray(archs, np.int64)
     m, ops = a[..., :49].reshape(*a.shape[:-1], 7, 7), a[..., 49:]

@@ -74,8 +74,9 @@ def init(key: jax.Array, arch: Any, config: VitConfig) -> dict[str, Any]:
       Nested dict; the leaves of `layers` have the leading axis L. Surplus weights are 0.
 
     >>> small = VitConfig((16,), (2,), (2,), (2.0,), 8)
-    >>> params = init(jax.random.key(0), jnp.array([16, 2, 2, 2, 32, 32]), small)
-    >>> params["layers"]["fc1"]["w"].shape
+    >>> arch = jnp.array([16, 2, 2, 2, 32, 32])
+    >>> shapes = jax.eval_shape(lambda key: init(key, arch, small), jax.random.key(0))
+    >>> shapes["layers"]["fc1"]["w"].shape
     (2, 16, 32)
     """
     m, sides, pixels = _masks(arch, config), _sides(arch, config), _pixels(config)
@@ -151,11 +152,11 @@ def layer(
       Tokens, and the observations stacked over the four slots.
 
     >>> config, arch = VitConfig((16,), (1,), (2,), (2.0,), 8), jnp.array([16, 1, 2, 32])
-    >>> params = init(jax.random.key(0), arch, config)["layers"]
-    >>> one = jax.tree.map(lambda v: v[0], params)
+    >>> tree = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))["layers"]
+    >>> one = jax.tree.map(lambda v: jnp.ones(v.shape[1:]), tree)
     >>> m = _masks(arch, config)
-    >>> layer(one, m._replace(heads=m.heads[0], hidden=m.hidden[0], on=m.on[0]),
-    ...       jnp.ones((1, 4, 16)))[0].shape
+    >>> m = m._replace(heads=m.heads[0], hidden=m.hidden[0], on=m.on[0])
+    >>> jax.eval_shape(lambda x: layer(one, m, x)[0], jnp.ones((1, 4, 16))).shape
     (1, 4, 16)
     """
     g = dict.fromkeys(_LAYERS) if gates is None else gates
@@ -217,8 +218,9 @@ def apply(
       Logits and what was asked for; features are the tokens `[B, T, 1, D]` behind each layer.
 
     >>> config, arch = VitConfig((16,), (1,), (2,), (2.0,), 8), jnp.array([16, 1, 2, 32])
-    >>> params = init(jax.random.key(0), arch, config)
-    >>> apply(params, arch, jnp.ones((2, 8, 8, 3)), config).logits.shape
+    >>> params = jax.eval_shape(lambda key: init(key, arch, config), jax.random.key(0))
+    >>> run = lambda params, images: apply(params, arch, images, config).logits
+    >>> jax.eval_shape(run, params, jnp.ones((2, 8, 8, 3))).shape
     (2, 10)
     """
     m = _masks(arch, config)
