@@ -143,14 +143,15 @@ def run(model: str, given: argparse.Namespace) -> None:
             rows.append(row)
             if not given.smoke:
                 append_jsonl(file, row)
-                page(model, rows)
+                page(model, read_rows(file))  # another run may have added some
             if time.perf_counter() - given.begin_s > 60 * given.minutes:
                 return
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the rows that are done."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """Read the rows that are done, each once."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return list({(row["method"], row["pattern"], row["seed"]): row for row in rows}.values())
 
 
 def main() -> int:
@@ -158,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="*", help="stories260k, smollm2")
     parser.add_argument("--smoke", action="store_true", help="a little, nothing written")
+    parser.add_argument("--page", action="store_true", help="lay out anew what is there")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--patterns", nargs="+", help=f"some of {' '.join(PATTERNS)}")
     parser.add_argument("--minutes", type=float, default=600, help="begin no row after so many")
@@ -171,7 +173,10 @@ def main() -> int:
         given.patterns = ["0.5"]
     given.begin_s = time.perf_counter()
     for model in given.models or ["stories260k"]:
-        run(model, given)
+        if given.page:
+            page(model, read_rows(RESULTS / f"table_{model}.jsonl"))
+        else:
+            run(model, given)
     print(f"{time.perf_counter() - given.begin_s:.0f} s", file=sys.stderr)
     return 0
 
