@@ -17,6 +17,7 @@ the bytes that they store; see `results/mediator.md`.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ from scoring import (
 )
 
 from jaxsys.core.tree import flatten
-from jaxsys.merge.conflict import conflicts, layer_name
+from jaxsys.merge.conflict import Conflicts, conflicts, layer_name
 from jaxsys.merge.mediator import (
     LayerChoice,
     Mediated,
@@ -112,7 +113,16 @@ class Run:
 
     def __init__(self, bench: Bench, records: Records, name: str):
         self.bench, self.records, self.name = bench, records, name
-        self.conflicts: Any = None
+
+    def conflict(self) -> Conflicts:
+        """Measure conflict, or take the layers' figures from the records."""
+
+        def measure() -> dict[str, Any]:
+            found = conflicts(self.bench.base, self.bench.experts)
+            return {"layers": found.layers, "sizes": found.sizes}
+
+        kept = self.records.get(f"{self.name}/conflict", measure)
+        return Conflicts({}, kept["layers"], kept["sizes"])
 
     def keep(self, label: str, make: Callable[[], Entry]) -> dict[str, Any]:
         """Measure an entry if it is not there."""
@@ -129,14 +139,11 @@ class Run:
     def build(self, config: MediatorConfig, **options: Any) -> Mediated:
         """Build Mediator, measuring conflict once for each denoising."""
         bench = self.bench
-        known = self.conflicts if config.quantile == 0.8 else None
+        known = self.conflict() if config.quantile == 0.8 else None
         key = jax.random.key(bench.seed)
-        made = mediate(
+        return mediate(
             bench.base, bench.experts, config, key=key, dtype=BF16, found=known, **options
         )
-        if config.quantile == 0.8:
-            self.conflicts = made.conflicts
-        return made
 
     def served(
         self, made: Mediated, routing: Routing | None, config: BlendConfig, **chosen: Any
@@ -164,19 +171,23 @@ class Run:
 def budget_entry(run: Run, budget: float, small: bool) -> Entry:
     """Build Mediator for a budget: layers and bits chosen on validation, density what fits."""
     bench = run.bench
-    found = run.conflicts or conflicts(bench.base, bench.experts)
-    run.conflicts = found
+    found = run.conflict()
     d, leaves = found.of_layers("pairwise_sign"), flatten(bench.base)
     model_bytes = 2 * sum(x.size for x in leaves.values())
     router_bytes = 4 * (2 * bench.config.width + bench.n * (bench.config.width + 1) + 1)
     extra = (budget - 1) * model_bytes - router_bytes
+    grid = [(k, bits) for k in (2, 4, len(d)) for bits in (2, 4, 16)]
+    first = run.records.found.get(f"0/Mediator, {budget:g}x")
+    if small:  # nothing is tried: all layers where their masks leave room for values, else half
+        grid = [(len(d) if budget >= 1.5 else len(d) // 2, 2)]
+    elif run.name != "0" and first is not None:  # what seed 0 chose holds for the others
+        grid = [(first["chosen"]["k"], first["chosen"]["bits"])]
     candidates = []
-    for k in (len(d),) if small else (2, 4, len(d)):
+    for k, bits in grid:
         choice = LayerChoice("topk", k)
-        for bits in (2,) if small else (2, 4, 16):
-            density = density_for(bench, choose_layers(d, choice), extra, bits)
-            if density:
-                candidates.append(MediatorConfig(choice=choice, density=density, bits=bits))
+        density = density_for(bench, choose_layers(d, choice), extra, bits)
+        if density:
+            candidates.append(MediatorConfig(choice=choice, density=density, bits=bits))
     best: tuple[float, Any, Any] | None = None
     for config in candidates:
         made = run.build(config)
@@ -194,31 +205,28 @@ def budget_entry(run: Run, budget: float, small: bool) -> Entry:
     return run.served(made, run.routing(made), BlendConfig(), **chosen)
 
 
-def main_table(run: Run, small: bool) -> None:
-    """Measure every method of the main table."""
+SLOW = ("PCB", "Consensus", "Fisher", "RegMean", "AdaMerging", "TALL masks", "Twin, 20 %", "WEMoE")
+
+
+def main_table(run: Run, small: bool, slow: bool) -> None:
+    """Measure the methods of the main table that are quick, or those that are slow."""
     bench = run.bench
-    quick = dict(baselines.plain(bench, small))
-    slow = {label: quick.pop(label) for label in ("Fisher", "RegMean", "AdaMerging")}
-    for label, make in {**quick, **dict(baselines.routed(bench, small))}.items():
-        run.keep(label, make)
+    listed = {**dict(baselines.plain(bench, small)), **dict(baselines.routed(bench, small))}
 
     def reading() -> Entry:
         made = run.build(MediatorConfig())
         routing = run.routing(made) if made.routed.parts else None
         return run.served(made, routing, BlendConfig())
 
-    run.keep("Mediator, as read (μ+σ, ρ 0.1)", reading)
-    for budget in BUDGETS:
-        run.keep(f"Mediator, {budget:g}x", lambda budget=budget: budget_entry(run, budget, small))
-
-    def layers() -> dict[str, Any]:
-        found = run.conflicts or conflicts(bench.base, bench.experts)
-        run.conflicts = found
-        return {"layers": found.layers, "sizes": found.sizes}
-
-    run.records.get(f"{run.name}/conflict", layers)
-    for label, make in slow.items():
-        run.keep(label, make)
+    for budget in (1.5, 2.0, 1.25):
+        listed[f"Mediator, {budget:g}x"] = functools.partial(budget_entry, run, budget, small)
+    listed["Mediator, as read (μ+σ, ρ 0.1)"] = reading
+    if small:  # what matters most goes first
+        first = ("ideal routing", "Mediator, 1.5x", "Mediator, 2x", "EMR")
+        listed = {label: listed[label] for label in first} | listed
+    for label, make in listed.items():
+        if (label in SLOW) == slow:
+            run.keep(label, make)
 
 
 def ablation(run: Run) -> None:
@@ -345,16 +353,19 @@ def main() -> None:
         family = FAMILIES[options.family]
         records = Records(RESULTS / f"mediator_{family.name}.json")
         small = family.name != "stories"
+        runs = []
         for seed in range(options.seeds or family.seeds):
             bench = Bench(family, MAIN, seed, options.work, ROWS[family.name])
-            run = Run(bench, records, f"{seed}")
-            main_table(run, small)
-            if seed == 0 and not small:
-                foreign(run)
-                ablation(run)
+            runs.append(Run(bench, records, f"{seed}"))
+        for run in runs:
+            main_table(run, small, slow=False)
         if not small:
+            foreign(runs[0])
+            ablation(runs[0])
             bench = Bench(family, family.tasks, 0, options.work, ROWS[family.name])
             six(Run(bench, records, "six"))
+        for run in runs:
+            main_table(run, small, slow=True)
     return write_report(BUDGETS)
 
 
@@ -365,8 +376,9 @@ def six(run: Run) -> None:
     for label, make in listed:
         if label in names:
             run.keep(label, make)
-    for budget in BUDGETS:
-        run.keep(f"Mediator, {budget:g}x", lambda budget=budget: budget_entry(run, budget, True))
+    for budget in (1.5, 2.0):
+        make = functools.partial(budget_entry, run, budget, True)
+        run.keep(f"Mediator, {budget:g}x", make)
 
 
 def smoke(work: Path) -> None:

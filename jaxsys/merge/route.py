@@ -8,7 +8,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -188,6 +188,7 @@ def build_route(
     tokenizer = load_tokenizer(paths[0])
     opened = [lm.open_tensors(path) for path in paths]
     lm_config = opened[0][0]
+    _check_alike(paths, [found for found, _ in opened])
     key = jax.random.key(seed)
     built = mediate(opened[0][1], [t for _, t in opened[1:]], config, key=key, dtype=dtype)
     tokens = [
@@ -206,6 +207,20 @@ def build_route(
     hf = lm.config_to_hf(lm_config)
     atomic_write(folder / "config.json", json.dumps(hf, indent=2) + "\n")
     return built
+
+
+def _check_alike(paths: Sequence[Path], configs: Sequence[lm.LMConfig]) -> None:
+    """Refuse models that compute something else with tensors of the same shapes."""
+
+    def mathematics(config: lm.LMConfig) -> lm.LMConfig:
+        return replace(config, bos_id=None, eos_ids=(), pad_id=None, max_positions=1)
+
+    for path, config in zip(paths[1:], configs[1:], strict=True):
+        if mathematics(config) != mathematics(configs[0]):
+            raise UserError(
+                f"{path} is configured otherwise than the base {paths[0]}; expected the same "
+                "family, sizes, positions and norms; merge models that were tuned from this base"
+            )
 
 
 def _check_plan(plan: RouterPlan, names: Sequence[str], experts: int) -> None:

@@ -1,6 +1,7 @@
 """From checkpoints to a folder that answers, through the command line."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -72,6 +73,17 @@ def test_a_folder_serves_the_weights_that_are_asked_for(folder):
             np.testing.assert_allclose(served[path], leaf, atol=1e-6)
     told = route.answer("abcabd", max_tokens=1)
     assert sum(told.weights.values()) == pytest.approx(1.0)
+
+
+def test_an_expert_with_other_positions_is_refused(folder, tmp_path):
+    from jaxsys.core.errors import UserError
+    from jaxsys.merge.route import RouterPlan, build_route
+
+    params, config = lm.load(folder / "up")
+    lm.save(tmp_path / "odd", params, replace(config, rope=lm.Rope(theta=500.0)))
+    models = [folder / "down", tmp_path / "odd"]
+    with pytest.raises(UserError, match="odd is configured otherwise"):
+        build_route(folder / "base", models, tmp_path / "out", plan=RouterPlan("entropy"))
 
 
 def test_conflicts_are_told_and_written(folder, capsys):
