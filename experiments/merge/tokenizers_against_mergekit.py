@@ -9,8 +9,8 @@ with added special tokens, and one as a LoRA adapter of the first. The same reci
 rows of the embedding and of the output matrix are compared token by token, by the token's text,
 since the two number new tokens differently.
 
-Expected: the same tokens, every row equal to rounding in float32. Where no token is shared by two
-models without the base, the mean of owners is not reached: recipe `mean` is for that.
+Expected: the same tokens, every row equal to rounding in float32. A model with fewer rows than
+tokens is left out: mergekit 0.1.5 ends there with a KeyError, jaxsys takes such tokens as missing.
 """
 
 import argparse
@@ -47,14 +47,17 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 for recipe, out in json.load(sys.stdin):
     config = MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text()))
-    run_merge(config, out, options=MergeOptions(write_model_card=False, quiet=True))
+    try:
+        run_merge(config, out, options=MergeOptions(write_model_card=False, quiet=True))
+    except Exception as error:
+        Path(out).with_suffix(".error").write_text(f"{type(error).__name__}: {error}"[:200])
 print("\\n" + json.dumps({name: meta.version(name) for name in ("mergekit", "transformers")}))
 """
 
 
 def make_models(folder: Path) -> None:
     """Write the models."""
-    rows = {"base": 300, "other": 320, "third": 290, "tuned": 300}
+    rows = {"base": 300, "other": 320, "third": 300, "tuned": 300}
     for i, (name, size) in enumerate(rows.items()):
         config = lm.LMConfig("llama", size, 32, 2, 4, 2, 8, 48, 64, tied=name == "other")
         lm.save(folder / name, lm.init(jax.random.key(i), config), config)
@@ -104,6 +107,9 @@ def by_token(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 def compare(ours: Path, theirs: Path) -> dict[str, object]:
     """Compare two results."""
+    failed = theirs.with_suffix(".error")
+    if failed.is_file():
+        return {"tensors": f"mergekit fails: {failed.read_text()}"}
     a, b = read_safetensors(ours), read_safetensors(theirs)
     row: dict[str, object] = {"tensors": len(a), "the same names": set(a) == set(b)}
     tokens = [
