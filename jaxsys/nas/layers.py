@@ -135,7 +135,7 @@ def depthwise(
         part = jax.lax.dynamic_slice(padded, (0, place[0], place[1], 0), x.shape)
         return total + part[:, ::stride, ::stride] * weight[None, None, None], None
 
-    places = dilation * np.stack(np.indices((size, size)), -1).reshape(-1, 2)
+    places = dilation * np.moveaxis(np.indices((size, size)), 0, -1).reshape(-1, 2)
     start = jnp.zeros_like(x[:, ::stride, ::stride])
     return jax.lax.scan(add, start, (jnp.asarray(places), w.reshape(-1, w.shape[-1])))[0]
 

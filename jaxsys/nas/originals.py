@@ -63,7 +63,9 @@ def nas_bench_101(path: Path | str) -> Table:
         return _joined(_records(file), file.name)
     document = _parsed(file)
     if isinstance(document, Mapping):
-        document = [v | {"hash": k} if isinstance(v, Mapping) else v for k, v in document.items()]
+        document = [
+            dict(v) | {"hash": k} if isinstance(v, Mapping) else v for k, v in document.items()
+        ]
     if isinstance(document, list) and document and isinstance(document[0], list):
         return _joined(document, file.name)
     return _objects(document, file.name)

@@ -72,6 +72,16 @@ def test_the_package_carries_a_table(tmp_path, capfd):
         assert written["predictions"].shape == written["spread"].shape
 
 
+def test_score_of_another_space(tmp_path, capfd):
+    small = ["--channels", "24", "--depth", "1", "--images", "digits", "--batch", "2"]
+    options = ["--sample", "3", "--proxies", "naswot", "params", "--block", "8"]
+    out = ["--out", str(tmp_path)]
+    found = _json(capfd, "score", "--space", "vit", *small, *options, *out)
+    written = tables.load(tmp_path / "scores.npz", cells=False)
+    assert written.columns["arch"].tolist() == [row["cell"] for row in found["scores"]]
+    assert written.column("params.nodes").shape == (3, 14)
+
+
 @pytest.mark.parametrize("method", ["random", "guided"])
 def test_search(table, tmp_path, capfd, method):
     options = ["--target", "val", "--test", "test", "--columns", "zen", *FITTING]
@@ -91,6 +101,8 @@ def test_search(table, tmp_path, capfd, method):
         (["score"], "no cells are named"),
         (["score", "--cells", "|conv_7x7~0|+|none~0|none~1|"], "'conv_7x7'"),
         (["score", "--cells", "15625"], "0 to 15624"),
+        (["score", "--space", "nb101", "--cells", "7"], "is no NAS-Bench-101 cell"),
+        (["score", "--space", "darts"], "no cells are named"),
         (["score", "--cells", "7", "--proxies", "snap"], "'snap'"),
         (["score", "--cells", "7", "--sample", "2"], "expected 1 to 1 cells"),
         (["fit", "--table", "no.csv", "--target", "x"], "cannot be read"),

@@ -1,5 +1,8 @@
 """One small network for all tests of this folder; drawn by NumPy, since nothing is to compile."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,3 +25,14 @@ def theta():
         return jnp.asarray(values.get(path[-1].key, noise / np.sqrt(fan_in)), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """Load the networks in plain NumPy that stand beside the tests."""
+    spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
