@@ -32,6 +32,7 @@ def write_report(budgets: tuple[float, ...]) -> None:
         text += [ablations(records), strange(records), layers(records)]
         conflict_figure(records, seeds, name, title)
     atomic_write(RESULTS / "mediator.md", "".join(text))
+    drawn = {t: r for t, r in drawn.items() if any("Mediator, " in x["method"] for x in r)}
     if drawn:
         bytes_figure(drawn)
     print(f"wrote {RESULTS / 'mediator.md'}")
@@ -48,7 +49,7 @@ def interval(values: list[float]) -> str:
 
 
 def table(records: dict[str, Any], seeds: list[str]) -> list[dict[str, Any]]:
-    """Lay out the main table, best last, with shares of ideal routing."""
+    """Lay out the main table by size and accuracy, with shares of ideal routing."""
     labels = [
         key.split("/", 1)[1]
         for key, value in records.items()
@@ -73,8 +74,9 @@ def table(records: dict[str, Any], seeds: list[str]) -> list[dict[str, Any]]:
         for task in found[0]["tasks"]:
             row[task] = round(float(np.mean([f["tasks"][task]["accuracy"] for f in found])), 3)
         row["chosen (seed 0)"] = short(found[0]["chosen"])
+        row["seeds"] = len(found)
         rows.append(row)
-    return rows
+    return sorted(rows, key=lambda row: (round(row["bytes / model"], 1), row["accuracy"]))
 
 
 def short(chosen: dict[str, Any]) -> str:
@@ -193,5 +195,5 @@ def bytes_figure(drawn: dict[str, list[dict[str, Any]]]) -> None:
         axis.set_xlabel("stored bytes / bytes of one model")
         axis.set_ylabel("held-out accuracy, mean of tasks")
         axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower right")
     save_figure(fig, RESULTS / "mediator_bytes.png")
