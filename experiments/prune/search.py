@@ -193,6 +193,8 @@ def page(model: str, plan: Plan, kept: Mapping[str, Any]) -> str:
         "with statistics recomputed behind pruned blocks (held-out loss); all compare rows.\n\n"
     )
     done = [sparsity for sparsity in plan.sparsities if f"{sparsity} sequential" in kept]
+    if not done:
+        return text
     fig, axes = figure(1, len(done), width=4.8)
     for axis, sparsity in zip(axes[0], done, strict=True):
         runs = {s: [kept[f"{sparsity} {s} {i}"] for i in range(plan.seeds)] for s in STRATEGIES}

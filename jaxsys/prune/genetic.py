@@ -313,11 +313,11 @@ def search(
     state, history = first_state(scoring.grammar, config), []
     store = None if out is None else RunStore(out / "state", keep=1)
     settings = {} if store is None else _settings(config, scoring, params, stats, tokens)
+    state, layers, params, tokens = replicate((state, layers, params, tokens), mesh)
     if store is not None and (latest := store.latest()) is not None:
         state, meta = store.restore(latest, state)
         history = list(meta["history"])
         _check(settings, meta["settings"], out)
-    state, layers, params, tokens = replicate((state, layers, params, tokens), mesh)
     random, size = config.strategy == "random", config.evolve.population
     saved_s = time.monotonic()
     for generation in range(len(history), config.generations):

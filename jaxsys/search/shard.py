@@ -4,10 +4,12 @@ Axes: ``P`` population.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -58,4 +60,16 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     >>> replicate({"w": jnp.ones(2)}, None)["w"].tolist()
     [1.0, 1.0]
     """
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            wrap = partial(jax.random.wrap_key_data, impl=jax.random.key_impl(x))
+            return jax.jit(wrap)(put(jax.random.key_data(x)))
+        # Devices of other processes are out of reach of device_put.
+        here = np.asarray(x)
+        return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+    return jax.tree.map(put, tree)
