@@ -73,21 +73,28 @@ def merge_slices(
     >>> [p.tolist() for p in merge_slices(METHODS["linear"], Linear(), None, x, [1.0], None, "f4")]
     [[0.0, 1.0, 2.0]]
     """
-    blocks, dtype = method.blocks, np.dtype(dtype)
+    blocks, wanted = method.blocks, np.dtype(dtype)
+    # JAX holds no float64 by default: such leaves are merged in float32 and widened again.
+    dtype = np.dtype(np.float32) if wanted == np.float64 else wanted
     weights = np.asarray(weights, np.float32)
     if blocks is None:
-        yield np.asarray(
-            _leaf(method.leaf, config, dtype, base, tuple(models), weights, key)
-        ).ravel()
+        found = _leaf(method.leaf, config, dtype, base, tuple(models), weights, key)
+        yield np.asarray(found).reshape(-1).astype(wanted, copy=False)
         return
     unit = blocks.unit(config)
     view = HostView(base, models, unit, blocks.prepare)
     numbers = blocks.numbers(config, view, weights.astype(np.float64), key)
     flags = blocks.flags(config)
+    # One slice is computed while the one before it is taken.
+    ready: tuple[jax.Array, int] | None = None
     for own_base, stack, place, count in slices(base, models, unit):
         own = blocks.prepare(numbers, own_base, stack) if blocks.prepare else numbers
         part = _block(blocks.block, flags, dtype, own, own_base, stack, place)
-        yield np.asarray(part).reshape(-1)[:count]
+        if ready is not None:
+            yield np.asarray(ready[0]).reshape(-1)[: ready[1]].astype(wanted, copy=False)
+        ready = part, count
+    if ready is not None:
+        yield np.asarray(ready[0]).reshape(-1)[: ready[1]].astype(wanted, copy=False)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -242,7 +243,7 @@ def _kept(kind: str, numbers: Any, base: Any, stack: Any, place: Any) -> list[An
     if kind == "band":
         low, high = numbers["low"], numbers["high"]
         return [in_band(tau, low[i], high[i]) for i, tau in enumerate(taus)]
-    drawn = bits16(numbers["words"], place, base.shape, len(taus))
+    drawn = numbers.get("drawn") or bits16(numbers["words"], place, base.shape, len(taus))
     if kind == "drop":
         keep = numbers["keep"]
         return [jnp.where(d < keep[i], taus[i], 0.0) for i, d in enumerate(drawn)]
@@ -266,6 +267,10 @@ def _with_ranks(numbers: dict[str, Any], base: Any, stack: Any) -> dict[str, Any
 
 
 def _l1_terms(flags: tuple, numbers: Any, base: Any, stack: Any, place: Any) -> tuple[Any, ...]:
+    if flags[0] != "band":
+        # Each sum is a loop of its own, which would draw anew without a barrier.
+        drawn = bits16(numbers["words"], place, base.shape, len(stack))
+        numbers = numbers | {"drawn": jax.lax.optimization_barrier(drawn)}
     kept = _kept(flags[0], numbers, base, stack, place)
     return (*(jnp.abs(x - base) for x in stack), *(jnp.abs(tau) for tau in kept))
 

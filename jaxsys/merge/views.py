@@ -7,6 +7,7 @@ in float64, or selects in one scratch array, which on a CPU takes a small part o
 Both select exactly; their sums agree to rounding.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ SLICE = 1 << 18  # elements: three experts and a base in bfloat16 take 2 MiB, wh
 _LANES = 1024
 _LEAST = 4096  # elements: small leaves of many sizes share one program
 _ZERO = np.zeros(2, np.uint32)
+_kept = threading.local()
 
 Terms = Callable[..., tuple[Any, ...]]
 
@@ -128,12 +130,14 @@ class HostView:
     ) -> np.ndarray:
         """Give values by rank, by selection in one float32 copy of the term."""
         models = self._models if of is None else self._models[of : of + 1]
-        scratch = np.empty(self.size, np.float32)
-        start = 0
+        scratch = _scratch(self.size)
+        start, ready = 0, []
         for base, stack, place, count in slices(self._base, models, self._unit):
-            found = term_of(terms, flags, numbers, base, stack, place)
-            scratch[start : start + count] = np.asarray(found).reshape(-1)[:count]
-            start += count
+            ready.append((term_of(terms, flags, numbers, base, stack, place), count))
+            if len(ready) > 1:  # one slice is computed while the one before it is taken
+                start = _take(scratch, start, *ready.pop(0))
+        for found, count in ready:
+            start = _take(scratch, start, found, count)
         ascending = self.size - np.asarray(ranks, np.int64)
         scratch.partition(np.unique(ascending))
         return scratch[ascending]
@@ -174,7 +178,8 @@ def slices(
     length = flat[0].shape[0]
     for start in range(0, length, most):
         count = min(most, length - start)
-        room = max(least, 1 << (count - 1).bit_length())
+        # Two lengths only: a compilation costs more than the zeros at the end of a leaf.
+        room = least if count <= least else most
         cut = [_filled(a[start : start + count], room) for a in flat]
         first = start * width
         place = np.array([first >> 32, first & 0xFFFFFFFF], np.uint32)
@@ -184,6 +189,19 @@ def slices(
             place,
             count * width,
         )
+
+
+def _scratch(size: int) -> np.ndarray:
+    """Give room for a term, the same memory again and again: fresh pages cost more than sorting."""
+    held = getattr(_kept, "array", None)
+    if held is None or held.size < size or held.size > 8 * max(size, SLICE):
+        held = _kept.array = np.empty(size, np.float32)
+    return held[:size]
+
+
+def _take(scratch: np.ndarray, start: int, found: jax.Array, count: int) -> int:
+    scratch[start : start + count] = np.asarray(found).reshape(-1)[:count]
+    return start + count
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
