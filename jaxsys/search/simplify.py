@@ -196,14 +196,14 @@ def _binaries(grammar: Grammar, p: Any, spans: _Spans, rules: str) -> list[_Rewr
         if {name, suffix} <= known and (suffix or rules == "sound"):
             applies = (p == grammar.opcode(name)) & spans.equal(left, right)
             code = grammar.opcode(suffix) if suffix else 0
-            found.append(_Rewrite(applies, *left, jnp.full_like(p, code)))
+            found.append(_Rewrite(applies, left[0], left[1], jnp.full_like(p, code)))
     for outer, inner in _OPPOSITE[: 2 if rules == "sound" else 4]:
         if not {outer, inner} <= known:
             continue
         here = p == grammar.opcode(outer)
         a, b = inside(left)
         if rules == "paper":
-            found.append(_Rewrite(here & ends(left, inner), *a, nothing))
+            found.append(_Rewrite(here & ends(left, inner), a[0], a[1], nothing))
             continue
         # (a ∘ b) • b, where + also has the two sides swapped.
         cases = [(ends(left, inner), a, b, right)]
@@ -211,7 +211,7 @@ def _binaries(grammar: Grammar, p: Any, spans: _Spans, rules: str) -> list[_Rewr
         cases += [(ends(right, inner), *inside(right), left)] if outer == "add" else []
         for stands, kept, dropped, other in cases:
             applies = here & stands & spans.equal(dropped, other) & spans.covers(kept, dropped)
-            found.append(_Rewrite(applies, *kept, nothing))
+            found.append(_Rewrite(applies, kept[0], kept[1], nothing))
     return found
 
 
