@@ -193,7 +193,9 @@ def plot(rows: Sequence[Mapping[str, Any]], figure: str, path: Any, title: str =
             axis.plot(row[figure], names.index(row["method"]), "o", color=report.COLOURS[0])
         for value in dense:
             axis.axvline(value, color=report.COLOURS[6], linewidth=0.8)
-        axis.set_yticks(range(len(names)), names)
+        # An expression may be longer than the figure is wide.
+        short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
+        axis.set_yticks(range(len(names)), short)
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlabel(figure)
