@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 LEVELS = 1 << 16  # a probability is a number of 65,536ths
@@ -25,7 +26,7 @@ def key_words(key: Any) -> Any:
     if key is None:
         return np.zeros(2, np.uint32)
     words = jax.random.key_data(key).reshape(-1)[:2]
-    return words if isinstance(words, jax.core.Tracer) else np.asarray(words)
+    return words if isinstance(words, Tracer) else np.asarray(words)
 
 
 def levels(probability: Any) -> Any:

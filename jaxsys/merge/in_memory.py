@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.tree import flatten, path_key, unflatten
@@ -115,7 +116,7 @@ def _constant(value: Any) -> Callable[[str], Any]:
 
 
 def _on_host(leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return False
     if isinstance(leaf, jax.Array):
         devices = leaf.devices()
@@ -124,12 +125,13 @@ def _on_host(leaf: Any) -> bool:
 
 
 def _traced(*values: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(values))
 
 
 def _merge_one(
     method: Method, config: Any, base: Any, arrays: list[Any], weights: Any, key: Any, dtype: Any
 ) -> Any:
+    assert method.leaf is not None
     options = [v for v in vars(config).values() if isinstance(v, jax.Array)]
     if _traced(base, arrays, weights, key, options):
         return method.leaf(config, *_wide(base, arrays), weights, key).astype(dtype)

@@ -268,8 +268,9 @@ def _leaf(recipe, method, part, inputs, base, sources, rows) -> Leaf:
     floating = np.issubdtype(spec.dtype, np.floating) or spec.dtype.kind == "V"
     own = recipe.out_dtype or recipe.dtype
     dtype = np.dtype(spec.dtype) if own is None or not floating else _dtype(own)
-    moved = rows is not None and has_token_rows(lead)
-    shape = (rows.rows, *spec.shape[1:]) if moved else tuple(spec.shape)
+    shape, moved = tuple(spec.shape), False
+    if rows is not None and has_token_rows(lead):
+        shape, moved = (rows.rows, *shape[1:]), True
     numbers = {number for number, _ in inputs}
     chosen = [(s, n) for s, n in part.sources if sources_index(sources, s.model) in numbers]
     weights, config = _options(recipe, method, part, chosen)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxsys.core.errors import UserError
 from jaxsys.merge.contract import Blocks, Method
@@ -191,7 +191,7 @@ def _multislerp(config: MultiSlerp, view: View, weights: Any, key: Any) -> dict[
     u = g * inverse[:, None] * inverse[None, :]
     mean_norm = xp.sqrt(xp.maximum(w @ u @ w, 0))
     zero = mean_norm < eps
-    if view.n != 2 and not isinstance(zero, jax.core.Tracer) and bool(zero):
+    if view.n != 2 and not isinstance(zero, Tracer) and bool(zero):
         raise UserError(
             "the weighted unit vectors of a tensor add up to zero, which leaves multislerp no "
             "direction to merge about; change the weights"
