@@ -96,7 +96,7 @@ def _main(argv: list[str]) -> int:
 def _run(program: str, config_type: Any, run: Any, arguments: list[str]) -> int:
     import tyro
 
-    from jaxsys.cli.options import Outcome, make_out
+    from jaxsys.cli.options import Outcome, is_idle, make_out
     from jaxsys.core.report import to_json
 
     try:
@@ -105,6 +105,9 @@ def _run(program: str, config_type: Any, run: Any, arguments: list[str]) -> int:
         )
     except SystemExit as stop:  # --help, or a mistake that tyro has told
         return int(stop.code or 0)
+    if is_idle(config):
+        print(f"{program} runs on process 0; this one has nothing to do", file=sys.stderr)
+        return 0
     make_out(config)
     if not config.json:
         found = run(config)

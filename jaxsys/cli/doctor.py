@@ -2,7 +2,7 @@
 
 import importlib.util
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxsys.cli.options import Output
 from jaxsys.core.measure import machine
@@ -30,6 +30,8 @@ class DoctorConfig(Output):
     Attributes:
       json: Print one JSON object on standard output.
     """
+
+    spreads: ClassVar[bool] = True
 
 
 def run(config: DoctorConfig) -> dict[str, Any]:

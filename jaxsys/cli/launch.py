@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -31,6 +31,8 @@ class LaunchConfig(Output):
       coordinator: HOST:PORT of process 0 of a multi-host job.
       process_id: Which process of the multi-host job this is, from 0.
     """
+
+    spreads: ClassVar[bool] = True
 
     command: tyro.conf.Positional[tuple[str, ...]] = ()
     workers: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1

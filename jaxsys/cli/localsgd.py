@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxsys.cli.options import Common
 from jaxsys.core.errors import UserError
@@ -31,6 +31,8 @@ class RunConfig(Common):
         CPU), program (one program a step, for accelerators), auto by the backend.
       task: What is trained.
     """
+
+    spreads: ClassVar[bool] = True
 
     workers: int = 4
     period: int = 5

@@ -1,8 +1,9 @@
 """Options that all commands share, and what a command gives back."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxsys.core.errors import UserError
 
@@ -21,6 +22,8 @@ class Output:
     Attributes:
       json: Print one JSON object on standard output, and progress on standard error.
     """
+
+    spreads: ClassVar[bool] = False  # whether the members of a job share the work
 
     json: bool = False
 
@@ -49,3 +52,13 @@ def make_out(config: Any) -> None:
             raise UserError(
                 f"--out {out} cannot be made ({error.strerror}); name a folder that can be written"
             ) from None
+
+
+def is_idle(config: Any) -> bool:
+    """Tell whether another member of a launched job runs this command alone.
+
+    `jaxsys launch`, Slurm and Open MPI number the processes that they start.
+    """
+    names = ("JAXSYS_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    number = next((os.environ[name] for name in names if name in os.environ), "0")
+    return not getattr(config, "spreads", True) and number != "0"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -41,6 +41,8 @@ class SearchCommand(Common):
       length: Tokens of a window.
       top: Finalists.
     """
+
+    spreads: ClassVar[bool] = True
 
     model: Annotated[str, tyro.conf.Positional]
     sparsity: float = 0.5

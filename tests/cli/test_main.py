@@ -143,3 +143,14 @@ def test_help_and_version_import_neither_jax_nor_tyro():
 def test_every_group_has_commands_with_help(name, capsys):
     assert cli.main([name, "--help"]) == 0
     assert f"jaxsys {name}" in capsys.readouterr().out
+
+
+def test_only_the_first_of_several_processes_runs_what_does_not_spread(monkeypatch, capsys):
+    monkeypatch.setenv("JAXSYS_PROCESS_ID", "1")
+    assert cli.main(["lm", "info", "tiny"]) == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "process 0" in told.err
+    monkeypatch.setenv("JAXSYS_PROCESS_ID", "0")
+    assert cli.main(["lm", "info", "tiny"]) == 0
+    assert "llama" in capsys.readouterr().out
