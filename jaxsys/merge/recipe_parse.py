@@ -66,6 +66,18 @@ def parse_recipe(text: str) -> Recipe:
     >>> recipe.parameters["t"][0]
     Conditional(value=(0, 1), filter='mlp')
     """
+    return recipe_of(parse_yaml(text))
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML that holds nothing but plain values.
+
+    Raises:
+      UserError: for what is no such YAML, or if its package is missing.
+
+    >>> parse_yaml("a: [1, x]")
+    {'a': [1, 'x']}
+    """
     try:
         import yaml
     except ImportError:
@@ -73,11 +85,10 @@ def parse_recipe(text: str) -> Recipe:
             "recipes need the package pyyaml, which is missing; run pip install 'jaxsys[merge]'"
         ) from None
     try:
-        document = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(f"the recipe is no YAML ({told}); correct it") from None
-    return recipe_of(document)
 
 
 def recipe_of(document: Any) -> Recipe:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsys.core.errors import UserError
 from jaxsys.merge.recipe import check_keys
+from jaxsys.merge.recipe_parse import parse_yaml
 from jaxsys.merge.upcycle import Expert
 
 _GATES = {
@@ -54,17 +55,7 @@ def parse_mixture(text: str) -> MixtureRecipe:
     >>> parse_mixture("{base_model: a, gate_mode: random, experts: [{source_model: b}]}").experts
     (Expert(model='b', prompts=(), negative=()),)
     """
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(
-            "recipes need the package pyyaml, which is missing; run pip install 'jaxsys[merge]'"
-        ) from None
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"the recipe is no YAML ({told}); correct it") from None
+    document = parse_yaml(text)
     known = ("base_model", "experts", "gate_mode", "experts_per_token", "dtype")
     if not isinstance(document, dict) or not isinstance(document.get("experts"), list):
         raise UserError(
