@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.core.checkpoint.writer import (
+from jaxsys.core.checkpoint._places import (
     UNFINISHED,
     header_of,
     plan_files,
-    size_of,
     take_names,
     write_index,
 )
 from jaxsys.core.errors import UserError
+from jaxsys.core.tree import size_bytes
 
 _JOURNAL = ".unfinished.jsonl"
 
@@ -72,12 +72,12 @@ class Filling:
             for i, (_, places) in enumerate(heads)
             for name, start in places.items()
         }
-        self._size = {n: size_of(s) for inside in self._plan.values() for n, s in inside.items()}
+        self._size = {n: size_bytes(s) for inside in self._plan.values() for n, s in inside.items()}
         self._filled = dict.fromkeys(self._size, 0)
         self._since_sync = 0
         self._complete: list[str] = []
         ends = [
-            len(head) + sum(size_of(spec) for spec in inside.values())
+            len(head) + sum(size_bytes(spec) for spec in inside.values())
             for (head, _), inside in zip(heads, self._plan.values(), strict=True)
         ]
         self.done = self._resume(identity, ends)
