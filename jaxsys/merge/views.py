@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.core.order import kth_smallest, ordered_keys, values_of
+
 SLICE = 1 << 18  # elements: three experts and a base in bfloat16 take 2 MiB, which a core caches
 _LANES = 1024
 _LEAST = 4096  # elements: small leaves of many sizes share one program
@@ -83,16 +85,11 @@ class TracedView:
         """Give values by rank, bit by bit: the largest t with at least `rank` values ≥ t."""
         stack = self._stack if of is None else self._stack[of : of + 1]
         (values,) = terms(flags, numbers, self._base, stack, _ZERO)
-        keys = _ordered(values)
-
-        def select(rank: Any) -> jax.Array:
-            def add_bit(i: Any, found: jax.Array) -> jax.Array:
-                tried = found | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
-                return jnp.where(jnp.sum(keys >= tried, dtype=jnp.int32) >= rank, tried, found)
-
-            return jax.lax.fori_loop(0, 32, add_bit, jnp.uint32(0))
-
-        return _unordered(jnp.stack([select(rank) for rank in ranks]))
+        keys = ordered_keys(values)
+        # The rank-th largest, as so many from the small end.
+        counts = [jnp.asarray(keys.size + 1 - rank, jnp.int32) for rank in ranks]
+        edges = [kth_smallest(lambda at: jnp.sum(keys < at, dtype=jnp.int32), c) for c in counts]
+        return values_of(jnp.stack(edges))
 
 
 class HostView:
@@ -257,16 +254,3 @@ def _columns(term: jax.Array) -> jax.Array:
         depth = min(64, term.size // _LANES)
         return term.reshape(-1, depth, _LANES).sum(axis=1)
     return term.reshape(-1, term.shape[-1] if term.ndim else 1).sum(axis=0)
-
-
-def _ordered(values: jax.Array) -> jax.Array:
-    """Map float32 to uint32 so that the order stays."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    top = jnp.uint32(1 << 31)
-    return jnp.where(bits >= top, ~bits, bits | top)
-
-
-def _unordered(keys: jax.Array) -> jax.Array:
-    top = jnp.uint32(1 << 31)
-    bits = jnp.where(keys >= top, keys ^ top, ~keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.order import kth_smallest, ordered_keys
 
 Mask = Bool[Array, "O I"]
 
@@ -241,9 +242,9 @@ def smallest_removed(
     >>> smallest_removed(jnp.array([[0.0, -1.0, 0.0]]), jnp.int32(2)).tolist()
     [[False, False, True]]
     """
-    keys = _ordered(scores)
+    keys = ordered_keys(scores)
     count = jnp.broadcast_to(count, (keys.shape[0], 1)).astype(jnp.int32)
-    edge = _kth_smallest(lambda at: jnp.sum(keys < at, axis=1, keepdims=True), count)
+    edge = kth_smallest(lambda at: jnp.sum(keys < at, axis=1, keepdims=True), count)
     below = keys < edge
     wanted = count - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
     return ~(below | _first(keys == edge, wanted))
@@ -254,7 +255,7 @@ def _first(ties: Bool[Array, "R N"], wanted: Int32[Array, "R 1"]) -> Bool[Array,
 
     def by_index(ties: Array) -> Array:
         index = jnp.arange(ties.shape[1], dtype=jnp.int32)[None]
-        last = _kth_smallest(lambda at: jnp.sum(ties & (index < at), axis=1, keepdims=True), wanted)
+        last = kth_smallest(lambda at: jnp.sum(ties & (index < at), axis=1, keepdims=True), wanted)
         return ties & (index <= last)
 
     found = jnp.sum(ties, axis=1, keepdims=True, dtype=jnp.int32)
@@ -264,8 +265,8 @@ def _first(ties: Bool[Array, "R N"], wanted: Int32[Array, "R 1"]) -> Bool[Array,
 
 @jax.jit
 def _global(scores: tuple[Array, ...], count: Array) -> tuple[Array, ...]:
-    keys = [_ordered(leaf).reshape(-1) for leaf in scores]
-    edge = _kth_smallest(lambda at: sum(jnp.sum(k < at) for k in keys), count)
+    keys = [ordered_keys(leaf).reshape(-1) for leaf in scores]
+    edge = kth_smallest(lambda at: sum(jnp.sum(k < at) for k in keys), count)
     left = count - sum(jnp.sum(k < edge, dtype=jnp.int32) for k in keys)
     masks = []
     for leaf, k in zip(scores, keys, strict=True):
@@ -275,29 +276,6 @@ def _global(scores: tuple[Array, ...], count: Array) -> tuple[Array, ...]:
         left = left - here
         masks.append(~drop.reshape(leaf.shape))
     return tuple(masks)
-
-
-def _ordered(scores: Array) -> Int32[Array, "..."]:
-    """Map float32 to int32 of the same order; both zeros become the same."""
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _kth_smallest(count_below: Any, count: Array) -> Array:
-    """Find the largest integer that has at most ``count`` - 1 keys below it, bit by bit.
-
-    That is the count-th smallest key, the last one to be removed; with count 0 it is the smallest
-    integer, below which and at which there is nothing to remove.
-    """
-    lowest = jnp.full_like(count, jnp.iinfo(jnp.int32).min)
-
-    def settle(i: Any, edge: Array) -> Array:
-        # From the smallest integer upwards; the first bit is the sign, and adding it wraps to 0.
-        higher = edge + jnp.left_shift(jnp.int32(1), 31 - i)
-        return jnp.where(count_below(higher) < count, higher, edge)
-
-    return jax.lax.fori_loop(0, 32, settle, lowest)
 
 
 @partial(jax.jit, static_argnames=("n", "m"))
