@@ -1,0 +1,41 @@
+"""FSMoE: mixtures of experts as pure functions, pipelined as planned (arXiv 2501.10714)."""
+
+from jaxsys.moe.contract import (
+    Axes,
+    Capacity,
+    Dims,
+    ExpertChoice,
+    Experts,
+    Gate,
+    Hooks,
+    Info,
+    LayerPlan,
+    Losses,
+    Mixing,
+    MoEPlan,
+    MoESpec,
+    Order,
+    Routed,
+    Slots,
+    TokenChoice,
+)
+
+__all__ = [
+    "Axes",
+    "Capacity",
+    "Dims",
+    "ExpertChoice",
+    "Experts",
+    "Gate",
+    "Hooks",
+    "Info",
+    "LayerPlan",
+    "Losses",
+    "Mixing",
+    "MoEPlan",
+    "MoESpec",
+    "Order",
+    "Routed",
+    "Slots",
+    "TokenChoice",
+]
