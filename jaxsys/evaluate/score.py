@@ -35,15 +35,18 @@ class Scores(NamedTuple):
       greedy: whether greedy decoding would give the continuation.
       tokens: how many tokens were scored.
       truncated: whether context had to be cut on the left.
+      hits: how many of the tokens are the likeliest ones after what stands before them.
 
-    >>> Scores(np.array([-2.0]), np.array([True]), np.array([2]), np.array([False])).tokens.sum()
-    np.int64(2)
+    >>> one = np.array([1])
+    >>> Scores(np.array([-2.0]), np.array([False]), 2 * one, np.array([False]), one).hits / 2
+    array([0.5])
     """
 
     log_likelihood: Float[np.ndarray, "N"]
     greedy: Bool[np.ndarray, "N"]
     tokens: Int[np.ndarray, "N"]
     truncated: Bool[np.ndarray, "N"]
+    hits: Int[np.ndarray, "N"]
 
 
 class _Rows(NamedTuple):
@@ -145,6 +148,7 @@ def score(
         np.ones(len(requests), bool),
         np.array([len(t) for t in work.targets], np.int64),
         np.array(work.truncated, bool),
+        np.zeros(len(requests), np.int64),
     )
     done = 0
     for batch in batches([len(i) for i in work.inputs], tokens_per_batch, most):
@@ -212,7 +216,9 @@ def _score_batch(
             np.pad(np.array(target[part], np.int32), pad),
         )
         np.add.at(found.log_likelihood, owner[part], np.asarray(values, np.float64)[: rows.size])
-        np.logical_and.at(found.greedy, owner[part], np.asarray(greedy)[: rows.size])
+        hits = np.asarray(greedy)[: rows.size]
+        np.logical_and.at(found.greedy, owner[part], hits)
+        np.add.at(found.hits, owner[part], hits.astype(np.int64))
 
 
 @functools.partial(jax.jit, static_argnums=0)
