@@ -14,19 +14,7 @@ _MOST_FILE_BYTES = 1 << 28
 _MOST_TEXT = 20_000
 _MOST_PROBES = 1_000
 _NEIGHBOURS = 5
-_OWN_FIELDS = frozenset(
-    [
-        "prompt",
-        "subject",
-        "target",
-        "truth",
-        "paraphrases",
-        "neighbourhood",
-        "portability",
-        "references",
-        "generation",
-    ]
-)
+_OWN_FIELDS = frozenset((*Request._fields, *Record._fields)) - {"request"}
 
 
 class Records(NamedTuple):
