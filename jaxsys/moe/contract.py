@@ -110,19 +110,21 @@ class TokenChoice(NamedTuple):
     Attributes:
         weights: of the chosen experts' outputs, differentiable.
         experts: which, best first.
-        scores: what the balance losses take as p; each row sums to one, or a sigmoid's values.
-        logits: what the scores were made of, for the z-loss.
-        noise: standard deviation of the noise added to the logits, broadcastable to them, or None.
+        scores: what the balance losses take as p; each row sums to one.
+        logits: what the scores were made of, without noise.
+        ranked: the logits with the noise that the choice was made by, or None.
+        noise: standard deviation of that noise, or None.
 
     >>> TokenChoice._fields
-    ('weights', 'experts', 'scores', 'logits', 'noise')
+    ('weights', 'experts', 'scores', 'logits', 'ranked', 'noise')
     """
 
     weights: Float[Array, "N k"]
     experts: Int[Array, "N k"]
     scores: Float[Array, "N E"]
     logits: Float[Array, "N E"]
-    noise: Array | None = None
+    ranked: Float[Array, "N E"] | None = None
+    noise: Float[Array, "N E"] | None = None
 
 
 class ExpertChoice(NamedTuple):

@@ -50,8 +50,28 @@ def route(
     logits = logits.astype(jnp.float32)
     if config.router == "sparsemixer":
         return _sparse_mixer(logits, 2 * config.router_jitter)
-    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.experts_per_token)
-    if config.renormalise:
+    return soft_top_k(logits, config.experts_per_token, config.renormalise)
+
+
+def soft_top_k(
+    logits: Float[Array, "N E"], k: int, renormalise: bool
+) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
+    """Take the k largest of softmax(logits), best first.
+
+    Args:
+        logits: of all experts, in float32.
+        k: experts of a token.
+        renormalise: divide by their sum, which is the softmax of the chosen logits alone.
+
+    Returns:
+        Weights and experts.
+
+    >>> weights, chosen = soft_top_k(jnp.array([[0.0, 2.0, 1.0]]), 2, True)
+    >>> chosen.tolist()
+    [[1, 2]]
+    """
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
+    if renormalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, chosen
 
