@@ -125,13 +125,22 @@ def over_replicas(
     mapped = jax.shard_map(
         one_block, mesh=mesh, in_specs=P(axis_name), out_specs=P(axis_name), check_vma=check_vma
     )
-    backend = mesh.devices.flat[0].platform
-    options = _SEPARATE.get(backend) if keep_collectives else None
+    options = separate_collectives(mesh) if keep_collectives else None
     return jax.jit(mapped, donate_argnums=donated, compiler_options=options)
 
 
-# How to keep per-layer collectives apart. On CPU the combiner is a pass to switch off; on GPU it
-# has a threshold, and the latency-hiding scheduler moves what is left behind compute.
+def separate_collectives(mesh: Mesh) -> dict[str, Any] | None:
+    """Give the options of `jax.jit` that keep XLA from merging collectives on a mesh's devices.
+
+    On CPU the combiner is a pass to switch off; on GPU it has a threshold, and the latency-hiding
+    scheduler moves what is left behind compute.
+
+    >>> isinstance(separate_collectives(replica_mesh(jax.devices()[:1])), dict | None)
+    True
+    """
+    return _SEPARATE.get(mesh.devices.flat[0].platform)
+
+
 _SEPARATE: dict[str, dict[str, Any]] = {
     "cpu": {"xla_disable_hlo_passes": "cpu-all-reduce-combiner"},
     "gpu": {
@@ -197,9 +206,18 @@ def vary(tree: Any, axis_names: Sequence[str]) -> Any:
     manual = jax.sharding.get_abstract_mesh().manual_axes
 
     def mark(x: Any) -> Any:
-        # The name of this attribute is JAX's own affair, hence this function.
-        known = jax.typeof(x).manual_axis_type.varying
-        missing = tuple(a for a in axis_names if a in manual and a not in known)
+        missing = tuple(a for a in replicated_over(x, axis_names) if a in manual)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, tree)
+
+
+def replicated_over(x: Any, axis_names: Sequence[str]) -> tuple[str, ...]:
+    """List the axes among some over which a value inside `jax.shard_map` is known to be equal.
+
+    >>> replicated_over(jnp.ones(2), ("replica",))
+    ('replica',)
+    """
+    # The name of this attribute is JAX's own affair, hence this function.
+    varying = jax.typeof(x).manual_axis_type.varying
+    return tuple(a for a in axis_names if a not in varying)

@@ -41,10 +41,9 @@ def ragged_all_to_all(
 
     >>> from jaxsys.core.mesh import over_replicas
     >>> n, zero = jnp.array([[2]]), jnp.array([[0]])
-    >>> run = over_replicas(
-    ...     lambda x, n, o: ragged_all_to_all(x, jnp.zeros_like(x), o, n, o, n, axis_name="replica"),
-    ...     "vmap")
-    >>> run(jnp.array([[7.0, 8.0, 9.0]]), n, zero).tolist()
+    >>> def swap(x, n, o):
+    ...     return ragged_all_to_all(x, jnp.zeros_like(x), o, n, o, n, axis_name="replica")
+    >>> over_replicas(swap, "vmap")(jnp.array([[7.0, 8.0, 9.0]]), n, zero).tolist()
     [[7.0, 8.0, 0.0]]
     """
     if native if native is not None else not on_cpu():

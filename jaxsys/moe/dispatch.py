@@ -127,7 +127,8 @@ def _nodes(names: tuple[str, ...], form: str) -> tuple[str, str, int, int]:
             f"the {form} transport goes over {' and '.join(map(repr, names))}; expected two mesh "
             "axes, nodes and ranks in a node; give Axes two expert axes or take the flat transport"
         )
-    return *names, axis_size(names[0]), axis_size(names[1])
+    node, local = names
+    return node, local, axis_size(node), axis_size(local)
 
 
 def _spread(x: jax.Array, n: int, m: int) -> jax.Array:
@@ -191,14 +192,14 @@ def _between_leaders(x: jax.Array, names: tuple[str, ...], n: int, m: int) -> ja
 
 
 def _one_out(x: jax.Array, names: tuple[str, ...], _: int) -> jax.Array:
-    _, _, n, m = _nodes(names, "1DH")
+    n, m = _nodes(names, "1DH")[2:]
     rows = _to_leader(_spread(x, n, m), names, n, m)  # [m sender, n, m owner, ...]
     rows = _between_leaders(jnp.moveaxis(rows, 1, 0), names, n, m)  # [n sender, m sender, m, ...]
     return _arrived(_from_leader(jnp.moveaxis(rows, 2, 0), names, n, m))
 
 
 def _one_back(y: jax.Array, names: tuple[str, ...], _: int) -> jax.Array:
-    _, _, n, m = _nodes(names, "1DH")
+    n, m = _nodes(names, "1DH")[2:]
     rows = _to_leader(_returning(y, n, m), names, n, m)  # [m owner, n sender, m sender, ...]
     rows = _between_leaders(jnp.moveaxis(rows, 1, 0), names, n, m)  # [n owner, m owner, m, ...]
     return _collected(_from_leader(jnp.moveaxis(rows, 2, 0), names, n, m))

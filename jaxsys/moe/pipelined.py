@@ -95,8 +95,8 @@ def pipelined(
     if any(hook is not unchanged for hook in inner) and not hooks.straight_through:
         if plan.forward != plan.backward:
             raise UserError(
-                f"the pipeline degrees are {plan.forward} and {plan.backward} around hooks that are "
-                "not straight-through; expected equal ones; change the plan, or set "
+                f"the pipeline degrees are {plan.forward} and {plan.backward} around hooks that "
+                "are not straight-through; expected equal ones; change the plan, or set "
                 "straight_through"
             )
         return forward(params, buffer, spec, plan, axes, serial=serial)[0]

@@ -18,6 +18,7 @@ E, C, D, F = 8, 8, 3, 4
 AUTO = jax.sharding.AxisType.Auto
 FLAT, NODES = Axes(expert="expert"), Axes(expert=("node", "local"))
 CUBE = Axes(data="data", expert="expert", tensor="tensor")
+NONE = Hooks()
 PAIRS = [(1, 1), (2, 2), (4, 1), (1, 4), (2, 8)]
 
 
@@ -79,7 +80,7 @@ def test_transports_move_every_slot_and_back(name):
     np.testing.assert_array_equal(few["s"], want[..., 0])
 
 
-def spec_of(transport="flat", hooks=Hooks()):
+def spec_of(transport="flat", hooks=NONE):
     def apply(params, rows):
         hidden = jnp.tanh(jnp.einsum("emd,edf->emf", rows, params["up"]))
         return jnp.einsum("emf,efd->emd", hidden, params["down"]) + params["bias"][:, None]
@@ -97,7 +98,7 @@ def weights():
     return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
 
 
-def sharded(transport, pair, mesh, axes, serial=False, hooks=Hooks()):
+def sharded(transport, pair, mesh, axes, serial=False, hooks=NONE):
     """Loss, outputs and gradients of a sharded layer; the arguments are global arrays."""
     spec, plan = spec_of(transport, hooks), LayerPlan(*pair)
 
@@ -173,7 +174,7 @@ def test_serial_chunks_and_one_device_give_the_same(case):
 
 
 def test_straight_through_hooks_change_values_and_leave_gradients(case):
-    given, want = case
+    given, _ = case
 
     def hook(x):
         return {"half": jnp.round(x).astype(jnp.int8)}
