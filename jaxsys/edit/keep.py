@@ -101,7 +101,14 @@ def restore(folder: str | Path, base: Any) -> Kept:
     try:
         plan, notes = json.loads(fields["state"]), json.loads(fields["notes"])
         state = _decode(plan, arrays)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"{file} holds no kept sequence of edits ({type(error).__name__}); delete it and the "
             "edits are done again"
