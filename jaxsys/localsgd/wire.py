@@ -1,15 +1,15 @@
 """The wire: one thread and one device per process that carry messages behind the compute."""
 
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.core.mesh import REPLICA, DevicePair, over_replicas, stack_local, take_local
+from jaxsys.core.lane import Lane
+from jaxsys.core.mesh import REPLICA, DevicePair
 from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.exchange import exchange, message_key
 
@@ -30,7 +30,7 @@ class Message(NamedTuple):
     end_s: float
 
 
-class Wire:
+class Wire(Lane):
     """Carry messages in the order in which they are handed over.
 
     All workers must hand over the same messages in the same order; that follows from equal plans,
@@ -51,15 +51,9 @@ class Wire:
     """
 
     def __init__(self, pair: DevicePair, hold_s: Callable[[float], float] | None = None) -> None:
-        self.pair = pair
+        super().__init__(pair)
         self._hold_s = hold_s
-        self._lane = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wire")
         self._programs: dict[Any, Any] = {}
-
-    @property
-    def workers(self) -> int:
-        """Number of workers on the wire."""
-        return self.pair.comm_mesh.size
 
     def send(
         self,
@@ -89,39 +83,8 @@ class Wire:
         n_elements = sum(int(np.prod(x.shape)) for x in leaves)
         payload = (list(leaves), anchor, residual, key_data, jnp.asarray(step))
 
-        def carry() -> Message:
-            start = time.perf_counter()
-            there = jax.device_put(payload, self.pair.comm)
-            result = jax.block_until_ready(program(*stack_local(there, self.pair.comm_mesh)))
-            if self._hold_s is not None:
-                time.sleep(self._hold_s(codec_bytes(n_elements, codec, self.workers)))
-            mean, lost = jax.device_put(take_local(result), self.pair.compute)
-            jax.block_until_ready(mean)
-            return Message(mean, lost, start, time.perf_counter())
-
-        return self._lane.submit(carry)
-
-    def run(self, program: Callable[[Any], Any], tree: Any) -> Any:
-        """Run any per-replica function of this worker's tree in its turn, and wait for it."""
-        mapped = self._programs.get(program)
-        if mapped is None:
-            mapped = over_replicas(program, "shard_map", mesh=self.pair.comm_mesh)
-            self._programs[program] = mapped
-
-        def carry() -> Any:
-            there = stack_local(jax.device_put(tree, self.pair.comm), self.pair.comm_mesh)
-            return jax.block_until_ready(mapped(there))
-
-        result = take_local(self._lane.submit(carry).result())
-        return jax.device_put(result, self.pair.compute)
-
-    def gather(self, values: Any) -> np.ndarray:
-        """Collect one small vector from every worker, [R, ...]; also a barrier."""
-        return np.asarray(self.run(_gather, jnp.asarray(values)))
-
-    def close(self) -> None:
-        """Stop the thread once the messages under way have arrived."""
-        self._lane.shutdown()
+        hold_s = self._hold_s(codec_bytes(n_elements, codec, self.workers)) if self._hold_s else 0.0
+        return self.submit(program, payload, hold_s=hold_s, wrap=_to_message)
 
     def _program(self, group: tuple[int, ...], codec: str) -> Any:
         if (group, codec) not in self._programs:
@@ -131,9 +94,9 @@ class Wire:
                 key = message_key(key_data, step, group)
                 return exchange(vector, anchor, residual, key, codec=codec, axis_name=REPLICA)
 
-            self._programs[group, codec] = over_replicas(run, "shard_map", mesh=self.pair.comm_mesh)
+            self._programs[group, codec] = run
         return self._programs[group, codec]
 
 
-def _gather(x: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x, REPLICA)
+def _to_message(value: tuple[Any, Any], start_s: float, end_s: float) -> Message:
+    return Message(*value, start_s, end_s)
