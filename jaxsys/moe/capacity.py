@@ -1,6 +1,7 @@
 """Drop policies: which of the tokens that chose an expert get one of its slots."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,35 +75,68 @@ def fill_slots(chosen: TokenChoice, size: int, policy: str = "position") -> Slot
         raise UserError(f"the capacity is {size}; expected at least one slot; raise the factor")
     n_rows, k = chosen.experts.shape
     n_experts = chosen.logits.shape[-1]
-    experts = chosen.experts.T.reshape(-1).astype(jnp.int32)  # choice j of token n at j·N + n
-    own = jnp.arange(k * n_rows, dtype=jnp.int32)
-    sorted_experts, choices = _by_expert(chosen, experts, own, policy)
-    counts = count(chosen.experts, n_experts)
-    starts = jnp.cumsum(counts) - counts
-    rank = own - starts[sorted_experts]
-    place = jnp.where(rank < size, sorted_experts * size + rank, n_experts * size)
-    places = jnp.zeros_like(own).at[choices].set(place, unique_indices=True)
+    queue = _queue(chosen, policy)
     slot = jnp.arange(size, dtype=jnp.int32)[None]
-    taken = slot < counts[:, None]
-    at = jnp.where(taken, starts[:, None] + slot, 0)
-    tokens = jnp.where(taken, choices[at] % n_rows, n_rows)
-    return Slots(tokens, places.reshape(k, n_rows).T, chosen.weights)
+    taken = slot < queue.counts[:, None]
+    at = jnp.where(taken, queue.starts[:, None] + slot, 0)
+    tokens = jnp.where(taken, queue.choices[at] % n_rows, n_rows)
+    rank = jnp.arange(k * n_rows, dtype=jnp.int32) - queue.starts[queue.experts]
+    place = jnp.where(rank < size, queue.experts * size + rank, n_experts * size)
+    return Slots(tokens, _of_choices(queue, place, n_rows), chosen.weights)
 
 
-def _by_expert(
-    chosen: TokenChoice, experts: jax.Array, own: jax.Array, policy: str
-) -> tuple[jax.Array, jax.Array]:
-    """Sort the choices by expert, and by rank among those of one expert."""
+def fill_groups(chosen: TokenChoice) -> tuple[Slots, jax.Array]:
+    """Sort all choices by expert, for products over groups of unequal sizes.
+
+    Args:
+        chosen: what the gate gave.
+
+    Returns:
+        Slots of one row that holds every choice, [1, N·k], and the groups' sizes, [E].
+
+    >>> choice = TokenChoice(jnp.ones((2, 1)), jnp.array([[1], [0]]), jnp.zeros((2, 2)),
+    ...                      jnp.zeros((2, 2)))
+    >>> slots, sizes = fill_groups(choice)
+    >>> slots.tokens.tolist(), sizes.tolist()
+    ([[1, 0]], [1, 1])
+    """
+    n_rows = chosen.experts.shape[0]
+    queue = _queue(chosen, "position")
+    place = jnp.arange(queue.choices.shape[0], dtype=jnp.int32)
+    places = _of_choices(queue, place, n_rows)
+    return Slots(queue.choices[None] % n_rows, places, chosen.weights), queue.counts
+
+
+class _Queue(NamedTuple):
+    """The choices sorted by expert, and by rank among those of one expert."""
+
+    experts: jax.Array
+    choices: jax.Array  # choice j of token n is j·N + n
+    counts: jax.Array
+    starts: jax.Array
+
+
+def _queue(chosen: TokenChoice, policy: str) -> _Queue:
+    n_rows, k = chosen.experts.shape
+    experts = chosen.experts.T.reshape(-1).astype(jnp.int32)
+    own = jnp.arange(k * n_rows, dtype=jnp.int32)
     weights = jax.lax.stop_gradient(chosen.weights)
     if policy == "probability":
         keys = (experts, -weights.T.reshape(-1))
     elif policy == "priority":
         sure = jnp.broadcast_to(jnp.max(weights, axis=-1)[None], weights.T.shape)
-        keys = (experts, own // weights.shape[0], -sure.reshape(-1))
+        keys = (experts, own // n_rows, -sure.reshape(-1))
     else:
         keys = (experts,)
     done = jax.lax.sort((*keys, own), num_keys=len(keys), is_stable=True)
-    return done[0], done[-1]
+    counts = count(chosen.experts, chosen.logits.shape[-1])
+    return _Queue(done[0], done[-1], counts, jnp.cumsum(counts) - counts)
+
+
+def _of_choices(queue: _Queue, place: jax.Array, n_rows: int) -> jax.Array:
+    """Bring places in the queue's order back to tokens, [N, k]."""
+    places = jnp.zeros_like(place).at[queue.choices].set(place, unique_indices=True)
+    return places.reshape(-1, n_rows).T
 
 
 def count(experts: jax.Array, n_experts: int) -> jax.Array:

@@ -226,7 +226,8 @@ class Experts(NamedTuple):
             only, each with its part of the hidden width, and sums the parts.
         ragged: ``(params, rows [M, D] sorted by expert, sizes [E]) -> [M, D]``, or None where the
             back end needs equal sizes.
-        hidden_axis: per leaf of params the axis that holds F (negative), None where it has none.
+        hidden_axis: per leaf of params the axis that holds F (negative), None where it has none: a
+            bias of the output, of which each part of an expert adds its share.
         matmuls: matrices of one expert, 2 or 3.
 
     >>> Experts._fields
@@ -346,6 +347,10 @@ class LayerPlan:
         backward: r_b.
         gradient_bytes: dense gradient reduced between its backward dispatches and combines.
         predicted_s: time of the layer that the planner expects.
+        forward_lead: all-gathers issued before the first reduce-scatter, then they take turns; 0
+            for all (the paper's order).
+        backward_lead: the same in the backward pass.
+        dense_bytes: dense gradient reduced while the dense part before the layer runs backward.
 
     Raises:
         UserError: for a degree below 1, or negative bytes.
@@ -358,6 +363,9 @@ class LayerPlan:
     backward: int = 1
     gradient_bytes: int = 0
     predicted_s: float | int = 0.0
+    forward_lead: int = 0
+    backward_lead: int = 0
+    dense_bytes: int = 0
 
     def __post_init__(self):
         if self.forward < 1 or self.backward < 1:
@@ -365,10 +373,11 @@ class LayerPlan:
                 f"the pipeline degrees are {self.forward} and {self.backward}; expected whole "
                 "numbers from 1 up; change the plan"
             )
-        if self.gradient_bytes < 0:
-            raise UserError(
-                f"gradient_bytes is {self.gradient_bytes}; expected 0 or more; change the plan"
-            )
+        for name in ("gradient_bytes", "forward_lead", "backward_lead", "dense_bytes"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}; expected 0 or more; change the plan"
+                )
 
 
 @dataclass(frozen=True)
@@ -417,7 +426,7 @@ class Info(NamedTuple):
         losses: each of them, unweighted.
         load: share of all choices that went to each expert, before any was dropped.
         dropped: share of the choices that found no slot.
-        capacity: C of one rank's tokens.
+        capacity: C of one rank's tokens, or N where unequal groups are run without slots.
         entropy: mean over tokens of the entropy of its scores, in nats.
 
     >>> Info._fields
