@@ -15,7 +15,7 @@ from jaxsys.prune.compare import compare
 from jaxsys.prune.dense import prune_dense
 from jaxsys.prune.dsnot import dsnot
 from jaxsys.prune.expression import Expression, parse
-from jaxsys.prune.masks import bisect_mask, block_mask, global_mask, matrix_mask, nm_mask, row_mask
+from jaxsys.prune.masks import block_mask, global_mask, matrix_mask, nm_mask, row_mask
 from jaxsys.prune.methods import METHODS, Method, find_method, prune_linear
 from jaxsys.prune.metrics import METRICS, Metric
 from jaxsys.prune.patterns import Pattern, parse_pattern
@@ -42,7 +42,6 @@ __all__ = [
     "Stats",
     "alps",
     "besa",
-    "bisect_mask",
     "block_gradients",
     "block_mask",
     "calibration",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxsys.prune.masks import check_nm, n_removed, nm_mask, smallest_removed
+from jaxsys.prune.masks import check_nm, n_removed, nm_mask, row_counts, smallest_removed
 from jaxsys.prune.sparsegpt import settle_dead
 
 _product = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
@@ -28,6 +28,7 @@ def alps(
     *,
     scope: Literal["matrix", "row"] = "matrix",
     nm: tuple[int, int] | None = None,
+    count: int | None = None,
     damping: float = 0.01,
     rho: float = 0.1,
     steps: int = 300,
@@ -45,6 +46,7 @@ def alps(
         sparsity: share to remove, in [0, 1); unused with ``nm``.
         scope: compare the whole matrix, as the paper does, or each row.
         nm: keep n of every m consecutive weights instead.
+        count: weights to remove of the whole matrix, exactly, in place of the share.
         damping: of the mean of H's diagonal.
         rho: ρ at the start.
         steps: of ADMM at most.
@@ -63,10 +65,12 @@ def alps(
     """
     if nm is not None:
         check_nm(*nm, weight.shape[1])
-    per = weight.shape[1] if scope == "row" else weight.size
-    count = jnp.int32(n_removed(per, sparsity))
+    if count is not None:
+        gone = jnp.asarray(row_counts(weight.shape[0], count) if scope == "row" else count)
+    else:
+        gone = jnp.asarray(n_removed(weight.shape[1] if scope == "row" else weight.size, sparsity))
     weight, hessian = settle_dead(weight.astype(jnp.float32), hessian)
-    return _alps(weight, hessian, count, scope, nm, damping, rho, steps, cg_steps)
+    return _alps(weight, hessian, gone.astype(jnp.int32), scope, nm, damping, rho, steps, cg_steps)
 
 
 class _State(NamedTuple):

@@ -10,7 +10,6 @@ whole model. Scores must be finite; callers check.
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +94,35 @@ def global_mask(
     return dict(zip(scores, found, strict=True))
 
 
+def counted_mask(scores: Float[Array, "O I"], count: int, scope: str = "row") -> Mask:
+    """Remove exactly ``count`` weights of a matrix.
+
+    Args:
+        scores: S, [O, I].
+        count: how many of the whole matrix.
+        scope: compare the whole ``matrix``, or each ``row``, whose counts differ by one at most.
+
+    Returns:
+        Mask [O, I].
+
+    >>> counted_mask(jnp.array([[1.0, 2.0], [3.0, 4.0]]), 3).tolist()
+    [[False, True], [False, False]]
+    """
+    if scope == "matrix":
+        return smallest_removed(scores.reshape(1, -1), jnp.int32(count)).reshape(scores.shape)
+    return smallest_removed(scores, jnp.asarray(row_counts(scores.shape[0], count)))
+
+
+def row_counts(rows: int, count: int) -> Int32[np.ndarray, "R 1"]:
+    """Spread a number evenly over rows: ⌊(r + 1) · count / R⌋ - ⌊r · count / R⌋.
+
+    >>> row_counts(4, 6).ravel().tolist()
+    [1, 2, 1, 2]
+    """
+    until = [row * count // rows for row in range(rows + 1)]
+    return np.diff(until).astype(np.int32)[:, None]
+
+
 def nm_mask(scores: Float[Array, "O I"], n: int, m: int) -> Mask:
     """Keep the n largest of every m consecutive scores of a row.
 
@@ -142,13 +170,19 @@ def check_nm(n: int, m: int, inputs: int, where: str = "the matrix") -> None:
         )
 
 
-def block_mask(scores: Float[Array, "O I"], block: tuple[int, int], sparsity: float | int) -> Mask:
+def block_mask(
+    scores: Float[Array, "O I"],
+    block: tuple[int, int],
+    sparsity: float | int,
+    count: int | None = None,
+) -> Mask:
     """Remove whole blocks, those with the smallest sums of scores in the matrix.
 
     Args:
         scores: S, [O, I].
         block: rows and columns of a block; they divide O and I.
         sparsity: share of the blocks to remove, in [0, 1).
+        count: how many blocks to remove instead.
 
     Returns:
         Mask [O, I].
@@ -162,7 +196,9 @@ def block_mask(scores: Float[Array, "O I"], block: tuple[int, int], sparsity: fl
     (rows, columns), (o, i) = block, scores.shape
     check_block(block, (o, i))
     tiles = scores.reshape(o // rows, rows, i // columns, columns).sum((1, 3))
-    kept = matrix_mask(tiles, sparsity)
+    kept = counted_mask(
+        tiles, n_removed(tiles.size, sparsity) if count is None else count, "matrix"
+    )
     return jnp.repeat(jnp.repeat(kept, rows, axis=0), columns, axis=1)
 
 
@@ -182,47 +218,6 @@ def check_block(block: tuple[int, int], shape: tuple[int, ...], where: str = "th
             f"blocks of {block[0]} x {block[1]} do not divide the {shape[0]} x {shape[1]} of "
             f"{where}; choose sizes that do"
         )
-
-
-def bisect_mask(scores: Float[Array, "O I"], sparsity: float | int, steps: int = 24) -> Mask:
-    """Remove ⌊sparsity · I⌋ weights of every row by bisection on a threshold; for searches.
-
-    The bracket starts at the row's smallest and largest score and is halved ``steps`` times. The
-    count is exact; of scores that lie in the last bracket together, and so differ by less than
-    2^-steps of the row's range, those with the smaller index go first.
-
-    Args:
-        scores: S, [O, I].
-        sparsity: share to remove, in [0, 1).
-        steps: of the bisection; each counts the scores once.
-
-    Returns:
-        Mask [O, I].
-
-    >>> bisect_mask(jnp.array([[3.0, 1.0, 4.0, 2.0]]), 0.5).tolist()
-    [[True, False, True, False]]
-    """
-    count = jnp.int32(n_removed(scores.shape[1], sparsity))
-    return _bisect(scores, count, steps)
-
-
-@partial(jax.jit, static_argnames="steps")
-def _bisect(scores: Array, count: Array, steps: int) -> Array:
-    low = jnp.min(scores, axis=1, keepdims=True)
-    high = jnp.max(scores, axis=1, keepdims=True)
-    # Just below the smallest score nothing is removed, so the lower end is always allowed.
-    low = low - jnp.maximum(high - low, jnp.abs(low)) * 1e-6 - 1e-30
-
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) * 0.5
-        few = jnp.sum(scores <= middle, axis=1, keepdims=True, dtype=jnp.int32) <= count
-        return jnp.where(few, middle, low), jnp.where(few, high, middle)
-
-    low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
-    below = scores <= low
-    wanted = count - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
-    return ~(below | _first(~below & (scores <= high), wanted))
 
 
 @jax.jit

@@ -148,6 +148,7 @@ def prune_linear(
     method: Method,
     pattern: Pattern,
     where: str = "the layer",
+    count: int | None = None,
 ) -> PrunedLinear:
     """Prune one linear layer.
 
@@ -157,6 +158,7 @@ def prune_linear(
         method: see `Method`; its ratios have been put into the pattern already.
         pattern: how much and in which form.
         where: the layer's name, for messages and for ``refine_skip``.
+        count: weights (or blocks) to remove, exactly, in place of the pattern's share.
 
     Returns:
         Weights, mask and permutation.
@@ -178,9 +180,9 @@ def prune_linear(
             )
     wide = weight.astype(jnp.float32)
     if method.metric in SOLVERS:
-        new, mask = _solve(wide, stats, method, pattern, where)
+        new, mask = _solve(wide, stats, method, pattern, where, count)
         return PrunedLinear(new.astype(weight.dtype), mask, None)
-    mask, permutation = choose_mask(wide, stats, method, pattern, where)
+    mask, permutation = choose_mask(wide, stats, method, pattern, where, count)
     if method.refine == "dsnot" and not _skipped(where, method.refine_skip):
         if permutation is not None or pattern.block is not None:
             raise UserError(
@@ -199,6 +201,7 @@ def choose_mask(
     method: Method,
     pattern: Pattern,
     where: str = "the layer",
+    count: int | None = None,
 ) -> tuple[Bool[Array, "O I"], Any]:
     """Score a layer and apply the pattern.
 
@@ -208,6 +211,7 @@ def choose_mask(
         method: its metric and ``permute`` count here.
         pattern: how much and in which form.
         where: for messages.
+        count: as in `prune_linear`.
 
     Returns:
         Mask, and the permutation of channels or None.
@@ -224,11 +228,11 @@ def choose_mask(
     if method.permute and pattern.nm:
         permutation = permute_channels(scores, *pattern.nm)
         return permuted_nm_mask(scores, permutation, *pattern.nm), permutation
-    return mask_of(scores, pattern, metric.scope), None
+    return mask_of(scores, pattern, metric.scope, count), None
 
 
 def _solve(
-    weight: Array, stats: Stats, method: Method, pattern: Pattern, where: str
+    weight: Array, stats: Stats, method: Method, pattern: Pattern, where: str, count: int | None
 ) -> tuple[Array, Array]:
     if pattern.block or pattern.scope == "global":
         raise UserError(
@@ -239,7 +243,13 @@ def _solve(
     check_finite(stats.H, method.metric, f"{where} (its input's Hessian)")
     solver = sparsegpt if method.metric == "sparsegpt" else alps
     new, mask, _ = solver(
-        weight, stats.H, pattern.sparsity, scope=scope, nm=pattern.nm, damping=method.damping
+        weight,
+        stats.H,
+        pattern.sparsity,
+        scope=scope,
+        nm=pattern.nm,
+        count=count,
+        damping=method.damping,
     )
     check_finite(new, method.metric, where)
     return new, mask

@@ -52,6 +52,15 @@ class Pattern:
         share = f"{100 * self.sparsity:g}%"
         return f"{share} in {self.block[0]}x{self.block[1]}" if self.block else share
 
+    def units(self, shape: tuple[int, ...]) -> int:
+        """Count what is removed as one in a layer: weights, or blocks.
+
+        >>> Pattern().units((4, 6)), Pattern(block=(2, 2)).units((4, 6))
+        (24, 6)
+        """
+        rows, columns = self.block or (1, 1)
+        return (shape[0] // rows) * (shape[1] // columns)
+
     def check(self, shape: tuple[int, ...], where: str) -> None:
         """Refuse a layer that the pattern does not divide.
 
@@ -102,7 +111,10 @@ def parse_pattern(text: str, sparsity: float = 0.5) -> Pattern:
 
 
 def mask_of(
-    scores: Float[Array, "O I"], pattern: Pattern, scope: Literal["row", "matrix"] = "row"
+    scores: Float[Array, "O I"],
+    pattern: Pattern,
+    scope: Literal["row", "matrix"] = "row",
+    count: int | None = None,
 ) -> Bool[Array, "O I"]:
     """Apply a pattern to the scores of one layer.
 
@@ -110,6 +122,8 @@ def mask_of(
         scores: S.
         pattern: see `Pattern`; not ``global``.
         scope: what ``auto`` means.
+        count: weights (or whole blocks) to remove, exactly; None for the pattern's share, which
+            every row rounds down by itself. An N:M pattern has a count of its own.
 
     Returns:
         Mask, True keeps.
@@ -121,11 +135,13 @@ def mask_of(
     if pattern.nm:
         return masks.nm_mask(scores, *pattern.nm)
     if pattern.block:
-        return masks.block_mask(scores, pattern.block, pattern.sparsity)
+        return masks.block_mask(scores, pattern.block, pattern.sparsity, count)
     chosen = scope if pattern.scope == "auto" else pattern.scope
     if chosen == "global":
         raise UserError(
             "a global threshold needs the scores of all layers at once; use the dense protocol"
         )
+    if count is not None:
+        return masks.counted_mask(scores, count, chosen)
     whole = chosen == "matrix"
     return (masks.matrix_mask if whole else masks.row_mask)(scores, pattern.sparsity)

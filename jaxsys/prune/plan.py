@@ -61,6 +61,26 @@ def check_model(blocks: Blocks, tensors: Tensors, method: Method, pattern: Patte
             pattern.check(shape[::-1] if blocks.in_out else shape, path)
 
 
+def layer_units(blocks: Blocks, tensors: Tensors, pattern: Pattern) -> list[dict[str, int]]:
+    """Count what can be removed (weights, or the pattern's blocks) of each layer, by block.
+
+    >>> from jaxsys.models import lm
+    >>> from jaxsys.prune.blocks import lm_blocks
+    >>> config = lm.LMConfig("llama", 97, 32, 2, 4, 2, 8, 48, 64)
+    >>> layer_units(lm_blocks(config), lm.shapes(config), Pattern(0.5))[1]["mlp.up_proj"]
+    1536
+    """
+
+    def own(path: str) -> int:
+        shape = shape_of(tensors, f"{path}.weight")
+        return pattern.units(shape[::-1] if blocks.in_out else shape)
+
+    return [
+        {name: own(f"{blocks.prefix(i)}.{name}") for name in blocks.linears(i)}
+        for i in range(blocks.count)
+    ]
+
+
 def shape_of(tensors: Tensors, path: str) -> tuple[int, int]:
     """Find the shape of a matrix without reading it.
 

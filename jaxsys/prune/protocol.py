@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ from jaxsys.prune.blocks import (
 from jaxsys.prune.methods import Method, prune_linear
 from jaxsys.prune.metrics import wanda
 from jaxsys.prune.patterns import Pattern
-from jaxsys.prune.plan import PrunedBlock, check_model, put, turn
-from jaxsys.prune.ratios import besa, outlier_share, owl
+from jaxsys.prune.plan import PrunedBlock, check_model, layer_units, put, turn
+from jaxsys.prune.ratios import allocate, besa, outlier_share, owl
 from jaxsys.prune.stats import Stats
 
 Gradients = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -46,7 +45,8 @@ def sequential(
     """Prune block after block, each on what the pruned blocks before it put out.
 
     A block's statistics are those of its inputs under its own dense weights; then it is pruned and
-    its outputs are computed anew. One block is on the device at a time; activations between blocks
+    its outputs are computed anew. With ratios that are not uniform every layer has a count of its
+    own, and together they remove ⌊sparsity · weights⌋ exactly. One block is on the device at a time; activations between blocks
     stay on the host.
 
     Args:
@@ -88,19 +88,25 @@ def sequential(
     shares = [pattern.sparsity] * blocks.count
     if method.ratios == "owl":
         shares = owl_shares(blocks, tensors, tokens, pattern.sparsity, batch=batch)
+    units = layer_units(blocks, tensors, pattern)
+    sizes = [sum(own.values()) for own in units]
+    totals = allocate(shares, sizes, masking.n_removed(sum(sizes), pattern.sparsity))
     xs = embed_all(blocks, tensors, tokens, batch)
     for i in range(blocks.count):
         params = load_block(blocks, tensors, i)
         start = f"{blocks.prefix(i)}."
         finished = done(i)
         if finished is None:
-            here = pattern if pattern.nm else replace(pattern, sparsity=shares[i])
             stats, dense = block_stats(blocks, params, i, xs, outer="H" in method.needs)
             stats = _with_gradients(blocks, i, stats, gradients)
-            rates = {}
-            if method.ratios == "besa":
-                rates = _besa_rates(blocks, params, i, xs, dense, stats, here.sparsity)
-            found = _prune_block(blocks, params, i, stats, method, here, rates)
+            counts = {}
+            if method.ratios != "uniform":
+                rates = dict.fromkeys(units[i], totals[i] / sizes[i])
+                if method.ratios == "besa":
+                    rates = _besa_rates(blocks, params, i, xs, dense, stats, totals[i] / sizes[i])
+                found = allocate([rates[n] for n in units[i]], list(units[i].values()), totals[i])
+                counts = dict(zip(units[i], found, strict=True))
+            found = _prune_block(blocks, params, i, stats, method, pattern, counts)
             finished = found.tensors
             yield found
         params |= {n.removeprefix(start): jnp.asarray(w) for n, w in finished.items()}
@@ -127,16 +133,15 @@ def _prune_block(
     stats: Mapping[str, Stats],
     method: Method,
     pattern: Pattern,
-    rates: Mapping[str, float],
+    counts: Mapping[str, int],
 ) -> PrunedBlock:
     found = PrunedBlock(i, {}, {}, {}, ())
     rows = []
     for name in blocks.linears(i):
         begin_s = time.perf_counter()
         path = f"{blocks.prefix(i)}.{name}"
-        own = replace(pattern, sparsity=rates[name]) if name in rates else pattern
         turned = turn(params[f"{name}.weight"], blocks.in_out)
-        pruned = prune_linear(turned, stats[name], method, own, path)
+        pruned = prune_linear(turned, stats[name], method, pattern, path, counts.get(name))
         put(found, f"{path}.weight", pruned, blocks.in_out)
         removed = masking.sparsity_of(pruned.mask)
         rows.append({"layer": path, "sparsity": removed, "s": time.perf_counter() - begin_s})

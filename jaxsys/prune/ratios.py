@@ -56,6 +56,34 @@ def owl(
     return ratios.tolist()
 
 
+def allocate(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Turn shares into whole numbers with a given sum.
+
+    All shares are shifted by one number, and kept within [0, 1], until Σ share · size is the total;
+    the numbers are rounded down and the largest remainders get one more.
+
+    Args:
+        shares: of each part, to remove.
+        sizes: of each part.
+        total: to remove of all parts together.
+
+    >>> allocate([0.5, 0.25], [5, 5], 4)
+    [3, 1]
+    """
+    share, size = np.asarray(shares, np.float64), np.asarray(sizes, np.int64)
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = np.sum(np.clip(share + middle, 0, 1) * size) < total
+        low, high = (middle, high) if below else (low, middle)
+    wanted = np.clip(share + high, 0, 1) * size
+    counts = np.floor(wanted - 1e-6).clip(0).astype(np.int64)
+    order = np.argsort(counts - wanted, kind="stable")
+    # Each is rounded down by one at most, so no more are missing than there are parts.
+    counts[order[: total - counts.sum()]] += 1
+    return counts.tolist()
+
+
 def besa(
     output_error: Callable[[Mapping[str, Array]], Float[Array, ""]],
     weights: Mapping[str, Float[Array, "O I"]],

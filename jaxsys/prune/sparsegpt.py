@@ -8,15 +8,15 @@ mask is chosen when the block is reached, from W² / U_jj².
 Reference: arXiv 2301.00774, algorithm 1, and its released code.
 """
 
-import itertools
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxsys.prune.masks import check_nm, n_removed, nm_mask, smallest_removed
+from jaxsys.prune.masks import check_nm, n_removed, nm_mask, row_counts, smallest_removed
 
 Result = tuple[Float[Array, "O I"], Bool[Array, "O I"], Float[Array, ""]]
 BLOCK = 128
@@ -87,6 +87,7 @@ def sparsegpt(
     *,
     scope: Literal["matrix", "row"] = "matrix",
     nm: tuple[int, int] | None = None,
+    count: int | None = None,
     damping: float = 0.01,
     block: int = BLOCK,
 ) -> Result:
@@ -99,12 +100,14 @@ def sparsegpt(
         scope: compare the scores of a block of columns all together, as the paper does, or of each
             row by itself.
         nm: keep n of every m consecutive weights instead.
+        count: weights to remove of the whole matrix, exactly, in place of the share.
         damping: λ, of the mean of H's diagonal.
         block: columns of a block; with ``nm`` it is rounded down to a multiple of m.
 
     Returns:
         The updated weights (zero where removed), the mask, and Σ e² / 2. The number of removed
-        weights is ⌊sparsity · O · I⌋ exactly (the released code removes one more in each block).
+        weights is exactly ``count``, or ⌊sparsity · O · I⌋ (⌊sparsity · I⌋ in every row); the
+        released code removes one more in each block.
 
     Raises:
         UserError: for a sparsity or a pattern that does not fit.
@@ -118,9 +121,13 @@ def sparsegpt(
         check_nm(*nm, i)
         block = max(block // nm[1], 1) * nm[1]
     edges = [min(j, i) for j in range(0, i + block, block)]
-    per = o if scope == "matrix" else 1
-    until = [n_removed(per * edge, sparsity) for edge in edges]
-    counts = jnp.array([b - a for a, b in itertools.pairwise(until)], jnp.int32)
+    if count is None:
+        per = o if scope == "matrix" else 1
+        until = [np.int64(n_removed(per * edge, sparsity)) for edge in edges]
+    else:
+        whole = row_counts(o, count) if scope == "row" else np.int64(count)
+        until = [whole.astype(np.int64) * edge // i for edge in edges]
+    counts = jnp.asarray(np.diff(until, axis=0), jnp.int32)
     weight, hessian = settle_dead(weight.astype(jnp.float32), hessian)
     factor = inverse_factor(hessian, damping)
     return _sweep(weight, factor, counts, None, scope=scope, nm=nm, block=block)

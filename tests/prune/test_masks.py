@@ -34,13 +34,16 @@ def test_every_scope_is_a_stable_sort(scores, sparsity):
     np.testing.assert_array_equal(np.concatenate([found["b"], found["a"]]), whole)
 
 
-@pytest.mark.parametrize("scores", [PLAIN, TIED], ids=["plain", "tied"])
-def test_bisection_removes_the_same_number_and_the_same_weights(scores):
-    found = np.asarray(masks.bisect_mask(jnp.asarray(scores), 0.5))
-    assert (found.sum(1) == 12).all()
-    np.testing.assert_array_equal(found, masks.row_mask(jnp.asarray(scores), 0.5))
-    same = masks.bisect_mask(jnp.ones((2, 8)), 0.5)
-    np.testing.assert_array_equal(same, [[False] * 4 + [True] * 4] * 2)
+@pytest.mark.parametrize("count", [0, 1, 71, 144])
+def test_a_number_of_weights_goes_exactly(count):
+    whole = masks.counted_mask(jnp.asarray(TIED), count, "matrix")
+    np.testing.assert_array_equal(whole, removed_first(TIED, count))
+    rows = np.asarray(masks.counted_mask(jnp.asarray(TIED), count))
+    gone = (~rows).sum(1)
+    assert gone.sum() == count
+    assert np.ptp(gone) <= 1
+    for row, scores, n in zip(rows, TIED, gone, strict=True):
+        np.testing.assert_array_equal(row, removed_first(scores, n))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3), (3, 3)])

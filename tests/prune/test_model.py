@@ -26,6 +26,7 @@ from jaxsys.prune import (
     sequential,
 )
 from jaxsys.prune.protocol import owl_shares
+from jaxsys.prune.ratios import allocate
 from jaxsys.train.finetune import Recipe
 
 CONFIG = lm.LMConfig("llama", 31, 16, 3, 2, 1, 8, 24, 32, tied=True)
@@ -118,8 +119,37 @@ def test_ratios_and_gradients_through_the_protocol(name, flat):
         for mask in found.masks.values():
             kept, total = kept + int(mask.sum()), total + mask.size
             shares.add(round(float(mask.mean()), 3))
-    assert abs(kept / total - 0.5) < 0.05  # rows of 16 weights round coarsely
+    assert total - kept == total // 2
     assert (len(shares) > 1) == (name != "gblm")
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps"])
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_solvers_and_blocks_remove_what_owl_allots(name, scope, flat):
+    for method, pattern, unit in (
+        (Method(name, ratios="owl"), Pattern(0.53, scope), 1),
+        (Method("magnitude", ratios="owl"), Pattern(0.53, block=(2, 4)), 8),
+    ):
+        gone = total = 0
+        for found in sequential(BLOCKS, flat, TOKENS, method, pattern):
+            for mask in found.masks.values():
+                gone, total = gone + mask.size - int(mask.sum()), total + mask.size
+                if unit == 1 and scope == "row":
+                    assert np.ptp(np.asarray(mask).sum(1)) <= 1
+        assert gone == int(0.53 * (total // unit)) * unit
+
+
+def test_parts_are_allotted_whole_numbers():
+    for shares, sizes, total in (
+        ([0.1, 0.2, 0.9], [7, 7, 7], 10),
+        ([0.5, 0.5], [3, 4], 0),
+        ([0.0, 1.0, 0.95], [100, 50, 1000], 1149),
+        ([0.3] * 9, [11] * 9, 41),
+    ):
+        counts = allocate(shares, sizes, total)
+        assert sum(counts) == total
+        assert all(0 <= n <= size for n, size in zip(counts, sizes, strict=True))
+    assert allocate([0.25, 0.75], [400, 400], 400) == [100, 300]
 
 
 def test_owl_gives_outliers_room(flat):
