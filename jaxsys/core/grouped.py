@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Integer
 
 from jaxsys.core.errors import UserError
@@ -168,6 +169,7 @@ def _products(padded: Array, weights: Array, group: Array) -> Array:
         out_specs=pl.BlockSpec((TILE_ROWS, TILE_COLUMNS), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), padded.dtype),
         interpret=_interpreted(),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     )(group, x, w)
     return out[:, :width]
 
@@ -196,6 +198,7 @@ def _outer(padded: Array, dpadded: Array, starts: Array, shape: tuple[int, ...])
         out_specs=pl.BlockSpec((None, TILE_COLUMNS, TILE_COLUMNS), lambda e, i, j: (e, i, j)),
         out_shape=jax.ShapeDtypeStruct((n_groups, x.shape[1], dy.shape[1]), jnp.float32),
         interpret=_interpreted(),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     )(starts, x, dy)
     return out[:, :inner, :width]
 
