@@ -5,7 +5,7 @@ where the experts are.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,27 +104,115 @@ def apply(
     >>> y.shape, round(info.load.sum().item(), 6)
     ((1, 5, 4), 1.0)
     """
+    x, routed = _route(params, x, spec, axes, key)
+    if _is_ragged(spec, routed, axes):
+        rows = rows_of(x)
+        slots, out = _run_ragged(params["experts"], rows, routed, spec)
+        return _finish(params, out, Kept(x, routed, slots), rows.shape[0], spec, axes)
+    buffer, kept = _order(x, routed, spec, plan)
+    return finish(params, pipelined(params["experts"], buffer, spec, plan, axes), kept, spec, axes)
+
+
+class Kept(NamedTuple):
+    """What the second half of a layer needs of the first.
+
+    Attributes:
+        x: the tokens.
+        routed: what the gate gave.
+        slots: who sits where; None for a gate that mixes.
+
+    >>> Kept._fields
+    ('x', 'routed', 'slots')
+    """
+
+    x: Float[Array, "B T D"]
+    routed: Routed
+    slots: Slots | None
+
+
+def prepare(
+    params: dict[str, Any],
+    x: Float[Array, "B T D"],
+    spec: MoESpec,
+    plan: LayerPlan = ONE,
+    *,
+    axes: Axes = HERE,
+    key: jax.Array | None = None,
+) -> tuple[Float[Array, "E C D"], Kept]:
+    """Run the half of a layer before its experts: hook, gate, slots, order.
+
+    Args:
+        params: as in `apply`, as are the others; the experts' are not used.
+
+    Returns:
+        The slots' rows, and what `finish` needs.
+
+    >>> from jaxsys.moe.experts import swiglu
+    >>> from jaxsys.moe.gates import noisy_top_k
+    >>> from jaxsys.moe.order import sparse_order
+    >>> spec = MoESpec(noisy_top_k(2), sparse_order(), swiglu())
+    >>> params = init(jax.random.key(0), spec, Dims(4, 8, 3))
+    >>> prepare(params, jnp.ones((1, 5, 4)), spec)[0].shape
+    (3, 5, 4)
+    """
+    return _order(*_route(params, x, spec, axes, key), spec, plan)
+
+
+def finish(
+    params: dict[str, Any],
+    out: Float[Array, "E C D"],
+    kept: Kept,
+    spec: MoESpec,
+    axes: Axes = HERE,
+) -> tuple[Float[Array, "B T D"], Info]:
+    """Run the half of a layer after its experts: inverse order, shared experts, hook.
+
+    Args:
+        params: as in `apply`; the experts' are not used.
+        out: what the experts made of the slots' rows.
+        kept: from `prepare`.
+        spec: the layer's parts.
+        axes: of the mesh around.
+
+    Returns:
+        As `apply`.
+
+    >>> from jaxsys.moe.experts import swiglu
+    >>> from jaxsys.moe.gates import noisy_top_k
+    >>> from jaxsys.moe.order import sparse_order
+    >>> spec = MoESpec(noisy_top_k(2), sparse_order(), swiglu())
+    >>> params = init(jax.random.key(0), spec, Dims(4, 8, 3))
+    >>> finish(params, *prepare(params, jnp.ones((1, 5, 4)), spec), spec)[0].shape
+    (1, 5, 4)
+    """
+    return _finish(params, out, kept, out.shape[1], spec, axes)
+
+
+def _route(params, x: Array, spec: MoESpec, axes: Axes, key) -> tuple[Array, Routed]:
     x = spec.hooks.before_moe_start(x)
-    routed = spec.gate.route(params["gate"], x, key, axes.tokens)
+    return x, spec.gate.route(params["gate"], x, key, axes.tokens)
+
+
+def _order(x: Array, routed: Routed, spec: MoESpec, plan: LayerPlan) -> tuple[Array, Kept]:
     multiple = math.lcm(plan.forward, plan.backward)
     if isinstance(routed, Mixing):
-        out = pipelined(params["experts"], mix(x, routed, multiple), spec, plan, axes)
+        return mix(x, routed, multiple), Kept(x, routed, None)
+    rows = rows_of(x)
+    slots = _slots(routed, rows.shape[0], spec, multiple)
+    return spec.order.forward(rows, slots), Kept(x, routed, slots)
+
+
+def _finish(params, out: Array, kept: Kept, size: int, spec: MoESpec, axes: Axes):
+    x, routed, slots = kept
+    rows = rows_of(x)
+    if slots is None:
+        assert isinstance(routed, Mixing)
         y, dropped = unmix(out, routed), jnp.zeros(())
-        size = out.shape[1]
     else:
-        rows = rows_of(x)
-        if _is_ragged(spec, routed, axes):
-            slots, out = _run_ragged(params["experts"], rows, routed, spec)
-            size = rows.shape[0]
-        else:
-            slots = _slots(routed, rows.shape[0], spec, multiple)
-            buffer = spec.order.forward(rows, slots)
-            out = pipelined(params["experts"], buffer, spec, plan, axes)
-            size = out.shape[1]
         y = spec.order.inverse(out, slots, rows.shape[0]).reshape(x.shape)
         dropped = _dropped(slots, rows.shape[0], axes.tokens)
     if spec.shared is not None:
-        y = y + spec.shared.apply(params["shared"], rows_of(x)[None]).reshape(x.shape)
+        y = y + spec.shared.apply(params["shared"], rows[None]).reshape(x.shape)
     return spec.hooks.before_moe_end(y), _info(routed, dropped, size, spec, axes.tokens)
 
 

@@ -271,12 +271,6 @@ def _block(
 ):
     layout, probe = layout_of(config), Probe(taps, changes)
 
-    def normal(path: str, y: Array) -> Array:
-        y = probe(f"{path}:in", y)
-        return probe(
-            f"{path}:out", normalise(subtree(params, path), y, config.norm, config.norm_eps)
-        )
-
     def mix(y: Array) -> Array:
         if sparse:
             return mixture(params, config, layout, y, probe)
@@ -285,19 +279,65 @@ def _block(
         y = feed_forward(params, config, names, y, probe, in_out=layout.in_out)
         return probe(f"{layout.mlp}:out", y) if layout.mlp else y
 
-    x = probe(":in", x)
-    h = normal(layout.attention_norm, x) if config.pre_norm else x
+    x, h, store = _attended(params, config, x, where, store, probe)
+    x = x + mix(h)
+    if not config.pre_norm:
+        x = _normal(params, config, layout.mlp_norm, x, probe)
+    return probe(":out", x), store, probe.found
+
+
+def _normal(params: Params, config: LMConfig, path: str, x: Array, probe: Probe) -> Array:
+    x = normalise(subtree(params, path), probe(f"{path}:in", x), config.norm, config.norm_eps)
+    return probe(f"{path}:out", x)
+
+
+def _attended(params, config: LMConfig, x, where: Place, store, probe: Probe):
+    """The half of a block before its feed-forward part: x, what that part reads, the store."""
+    layout, x = layout_of(config), probe(":in", x)
+    h = _normal(params, config, layout.attention_norm, x, probe) if config.pre_norm else x
     attended, store = attention(params, config, layout, h, where, store, probe)
     if config.parallel:
-        h = normal(layout.mlp_norm, x) if layout.mlp_norm else h
-        x = x + attended + mix(h)
-    elif config.pre_norm:
+        h = _normal(params, config, layout.mlp_norm, x, probe) if layout.mlp_norm else h
+        return x + attended, h, store
+    if config.pre_norm:
         x = x + attended
-        x = x + mix(normal(layout.mlp_norm, x))
-    else:
-        x = normal(layout.attention_norm, x + attended)
-        x = normal(layout.mlp_norm, x + mix(x))
-    return probe(":out", x), store, probe.found
+        return x, _normal(params, config, layout.mlp_norm, x, probe), store
+    x = _normal(params, config, layout.attention_norm, x + attended, probe)
+    return x, x, store
+
+
+def half_block(
+    layer_params: Params, config: LMConfig, i: int, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Run block i up to its feed-forward part, for those who bring their own.
+
+    Args:
+        layer_params: from `layer`; the feed-forward part may be missing.
+        config: the model.
+        i: the block's index.
+        x: residual stream before the block, of whole sequences.
+
+    Returns:
+        x and h: the block's output is ``x + feed_forward(h)``.
+
+    Raises:
+        UserError: for a family that normalises after that sum.
+
+    >>> from jaxsys.models.lm.init import init
+    >>> config = LMConfig("llama", 97, 32, 2, 4, 2, 8, 48, 64)
+    >>> params = init(jax.random.key(0), config)
+    >>> x = embed(params, config, jnp.ones((2, 5), jnp.int32))
+    >>> half_block(layer(params, config, 0), config, 0, x)[1].shape
+    (2, 5, 32)
+    """
+    if not config.pre_norm:
+        raise UserError(
+            f"a {config.model_type} model normalises what its blocks have written; expected a "
+            "family that normalises what they read; choose another model"
+        )
+    where = place(config, _positions(x[..., 0], None, None), window=config.window(i))
+    x, h, _ = _attended(layer_params, config, x, where, None, Probe((), ()))
+    return x, h
 
 
 def head(
