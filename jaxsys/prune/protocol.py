@@ -46,8 +46,8 @@ def sequential(
 
     A block's statistics are those of its inputs under its own dense weights; then it is pruned and
     its outputs are computed anew. With ratios that are not uniform every layer has a count of its
-    own, and together they remove ⌊sparsity · weights⌋ exactly. One block is on the device at a time; activations between blocks
-    stay on the host.
+    own, and together they remove ⌊sparsity · weights⌋ exactly. One block is on the device at a
+    time; activations between blocks stay on the host.
 
     Args:
         blocks: the model.
