@@ -146,7 +146,7 @@ def count(experts: jax.Array, n_experts: int) -> jax.Array:
     [1, 1, 2, 0]
     """
     # Comparing with all experts is faster than a scatter, which a CPU runs one by one.
-    each = experts.reshape(-1, 1) == jnp.arange(n_experts)
+    each = experts.reshape(-1, 1) == jnp.arange(n_experts)[None]
     return jnp.sum(each, axis=0, dtype=jnp.int32)
 
 

@@ -226,7 +226,7 @@ def round_robin(k: int) -> Gate:
     def route(params, x, key, axes) -> TokenChoice:
         del key, axes
         n_rows, n_experts = rows_of(x).shape[0], params["experts"].shape[0]
-        experts = (jnp.arange(n_rows)[:, None] * k + jnp.arange(k)) % n_experts
+        experts = (jnp.arange(n_rows)[:, None] * k + jnp.arange(k)[None]) % n_experts
         even = jnp.full((n_rows, n_experts), 1 / n_experts)
         return TokenChoice(jnp.full((n_rows, k), 1 / k), experts, even, jnp.zeros_like(even))
 

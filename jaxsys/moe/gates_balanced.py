@@ -53,7 +53,7 @@ def balance_rows(
 
     start = (jnp.ones(n_experts), jnp.array(jnp.inf), jnp.array(0))
     columns = jax.lax.while_loop(unsettled, turn, start)[0]
-    return rows_factor(columns)[:, None] * kernel * columns
+    return rows_factor(columns)[:, None] * kernel * columns[None]
 
 
 def _over(x: Array, axes: tuple[str, ...]) -> Array:
