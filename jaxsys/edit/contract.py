@@ -122,10 +122,14 @@ class Method(NamedTuple):
       config: frozen dataclass of the options, all with defaults.
       statistics: ``statistics(config) -> bool``: whether it needs the second moments of
         `jaxsys.edit.stats`.
-      single: it takes one request at a time; `edit_all` goes through a batch one by one.
+      single: it takes one request at a time; `turns.edit_all` goes through a batch one by one.
       trained: it needs an editor trained beforehand, named in its config.
       answering: ``answering(model, config, params, state) -> Answering`` for methods whose edits
         are not (only) in the parameters; None: `evaluate.from_lm` of the edited parameters.
+      settle: ``settle(model, config, params) -> config`` fills what is None by the model's size and
+        samples prefixes; call it once with the unedited parameters before a sequence of edits.
+      targets: ``targets(model, config, params, requests)``: what ``edit`` takes as ``found``, for
+        many requests at a time, each to be edited from the same parameters (`turns.edit_each`).
 
     >>> Method(edit=None, config=dict).single
     False
@@ -137,6 +141,8 @@ class Method(NamedTuple):
     single: bool = False
     trained: bool = False
     answering: Callable[..., Answering] | None = None
+    settle: Callable[..., Any] | None = None
+    targets: Callable[..., Any] | None = None
 
 
 def find_method(methods: Mapping[str, Method], name: str) -> Method:

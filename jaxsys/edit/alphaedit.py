@@ -1,0 +1,140 @@
+"""AlphaEdit: MEMIT's change, kept to the directions that ordinary text does not use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxsys.edit.contract import Editable, Edited, Request, check_requests
+from jaxsys.edit.defaults import settle
+from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.solves import ridge
+from jaxsys.edit.spread import add_keys, keys_of, spread
+from jaxsys.edit.stats import Statistics, need, null_space
+from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+
+
+@dataclass(frozen=True)
+class AlphaEditConfig:
+    """Choose how AlphaEdit edits; None: the default of the model's size.
+
+    Attributes:
+      layers: ascending; v* is found at the last.
+      threshold: eigenvalue of C below which a direction is free.
+      relative: the threshold is a share of the mean eigenvalue, which varies with the model; False:
+        absolute, as published.
+      ridge: η.
+      target: how v* is found.
+
+    >>> AlphaEditConfig().ridge
+    """
+
+    layers: tuple[int, ...] | None = None
+    threshold: float | None = None
+    relative: bool | None = None
+    ridge: float | None = None
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+def targets(
+    model: Editable, config: AlphaEditConfig, params: Any, requests: Sequence[Request]
+) -> Targets:
+    """Find the values of many requests at a time, for edits that each start from ``params``.
+
+    >>> targets.__name__
+    'targets'
+    """
+    for request in requests:
+        check_requests([request])
+    config = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+
+
+def project(
+    u: np.ndarray, k: np.ndarray, r: np.ndarray, s: np.ndarray | None, eta: float | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give factors of the published solution from a symmetric system in the free directions.
+
+    (P (K Kᵀ + S) + η I) X = P K Rᵀ has X = U y with
+    (Uᵀ K Kᵀ U + Uᵀ S U + η I) y = Uᵀ K Rᵀ, because P X = X; ΔW = Xᵀ.
+
+    Args:
+      u: U [F, Q], orthonormal; P = U Uᵀ.
+      k: K [F, N].
+      r: R [D, N].
+      s: S [F, F], keys of earlier edits; None for none.
+      eta: η.
+
+    Returns:
+      (A, B) with ΔW = A Bᵀ.
+
+    >>> a, b = project(np.eye(2), np.eye(2), np.eye(2), None, 1.0)
+    >>> (a @ b.T).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+    u = np.asarray(u, np.float64)
+    inner: Any = eta
+    if s is not None:
+        inner = u.T @ np.asarray(s, np.float64) @ u
+        inner = (inner + inner.T) / 2 + eta * np.eye(len(inner))
+    a, b = ridge(inner, u.T @ np.asarray(k, np.float64), r)
+    return a, (u @ b.astype(np.float64)).astype(np.float32)
+
+
+def edit(
+    model: Editable,
+    config: AlphaEditConfig,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Statistics | None = None,
+    state: dict[int, Any] | None = None,
+    *,
+    found: Targets | None = None,
+) -> Edited:
+    """Write a batch of facts into several layers without disturbing what keys of C give.
+
+        (P (K Kᵀ + S_l) + η I) X = P K Rᵀ,     ΔW_l = Xᵀ
+
+    with P the projection on the directions of C_l whose eigenvalue is below the threshold. When
+    all layers are written S_l ← S_l + K Kᵀ, with keys taken anew: that is the state. For an edit
+    that has nothing to do with earlier ones pass None, or their keys will hold it back.
+
+    Args:
+      model: the model.
+      config: see `AlphaEditConfig`.
+      params: its parameters.
+      requests: N.
+      stats: C of every layer.
+      state: layer to S_l [F, F], from the batch before.
+      found: from `targets`, if it has been called.
+
+    Raises:
+      UserError: as MEMIT, and if the threshold leaves no direction.
+
+    Reference:
+      arXiv 2410.02355, equation 14.
+
+    >>> edit.__name__
+    'edit'
+    """
+    check_requests(requests)
+    config = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "AlphaEdit", config.layers)
+    if found is None:
+        found = find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+
+    def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u = stats.derive(
+            ("null space", layer, config.threshold, config.relative),
+            lambda: null_space(stats.moment(layer), config.threshold, relative=config.relative),
+        )
+        return project(u, k, r, None if state is None else state[layer], config.ridge)
+
+    prefixes, batch = config.target.prefixes, config.target.batch
+    edited = spread(
+        model, params, requests, config.layers, ":out", found, prefixes,
+        lambda left: left, solve, batch,
+    )  # fmt: skip
+    keys = keys_of(model, edited.params, requests, config.layers, prefixes, batch)
+    return edited._replace(state=add_keys(state, keys))

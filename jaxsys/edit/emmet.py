@@ -1,0 +1,103 @@
+"""EMMET: ROME's equality for a batch of facts, and MEMIT's batch in one layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxsys.edit.contract import Editable, Edited, Request, check_requests
+from jaxsys.edit.defaults import settle
+from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.solves import ridge
+from jaxsys.edit.spread import spread
+from jaxsys.edit.stats import Statistics, need
+from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+
+
+@dataclass(frozen=True)
+class EmmetConfig:
+    """Choose how EMMET edits; None: the default of the model's size.
+
+    Attributes:
+      layers: ascending; one by default.
+      weight: λ, the weight of the keys' second moment.
+      identity: μ, added to the diagonal of λ C.
+      slack: λ_e, added to the diagonal of Kᵀ C̃⁻¹ K; 0 demands equality.
+      target: how v* is found.
+
+    >>> EmmetConfig().slack
+    0.1
+    """
+
+    layers: tuple[int, ...] | None = None
+    weight: float | None = None
+    identity: float = 0.0
+    slack: float = 0.1
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+def targets(
+    model: Editable, config: EmmetConfig, params: Any, requests: Sequence[Request]
+) -> Targets:
+    """Find the values of many requests at a time, for edits that each start from ``params``.
+
+    >>> targets.__name__
+    'targets'
+    """
+    for request in requests:
+        check_requests([request])
+    config = settle(config, "emmet", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+
+
+def edit(
+    model: Editable,
+    config: EmmetConfig,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Statistics | None = None,
+    state: Any = None,
+    *,
+    found: Targets | None = None,
+) -> Edited:
+    """Write a batch of facts under equality constraints.
+
+        ΔW = R (Kᵀ C̃⁻¹ K + λ_e I)⁻¹ Kᵀ C̃⁻¹,     C̃ = λ C + μ I
+
+    With one request and λ_e = 0 this is ROME's update.
+
+    Args:
+      model: the model.
+      config: see `EmmetConfig`.
+      params: its parameters.
+      requests: N.
+      stats: C of every layer.
+      state: passed on; EMMET keeps none.
+      found: from `targets`, if it has been called.
+
+    Raises:
+      UserError: as MEMIT; without slack also for more requests than the matrix has inputs.
+
+    Reference:
+      arXiv 2403.14236, equation 13.
+
+    >>> edit.__name__
+    'edit'
+    """
+    check_requests(requests)
+    config = settle(config, "emmet", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "EMMET", config.layers)
+    if found is None:
+        found = find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+
+    def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        moment = config.weight * stats.moment(layer).astype(np.float64)
+        moment[np.diag_indices_from(moment)] += config.identity
+        return ridge(moment, k, r, config.slack)
+
+    edited = spread(
+        model, params, requests, config.layers, ":out", found, config.target.prefixes,
+        lambda left: left, solve, config.target.batch,
+    )  # fmt: skip
+    return edited._replace(state=state)

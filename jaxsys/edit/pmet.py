@@ -1,0 +1,99 @@
+"""PMET: as MEMIT, but attention may move too while v* is sought, and only the matrix is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxsys.edit.contract import Editable, Edited, Request, check_requests
+from jaxsys.edit.defaults import settle
+from jaxsys.edit.editable import down_name
+from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.solves import ridge
+from jaxsys.edit.spread import spread
+from jaxsys.edit.stats import Statistics, need
+from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+
+
+@dataclass(frozen=True)
+class PmetConfig:
+    """Choose how PMET edits; None: the default of the model's size.
+
+    Attributes:
+      layers: ascending; v* is found at the last.
+      weight: λ, the weight of the keys' second moment.
+      target: how v* is found.
+
+    >>> PmetConfig().layers
+    """
+
+    layers: tuple[int, ...] | None = None
+    weight: float | None = None
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+def targets(
+    model: Editable, config: PmetConfig, params: Any, requests: Sequence[Request]
+) -> Targets:
+    """Find the values of many requests at a time, for edits that each start from ``params``.
+
+    >>> targets.__name__
+    'targets'
+    """
+    for request in requests:
+        check_requests([request])
+    config = settle(config, "pmet", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, config.layers[-1], "joint", config.target)
+
+
+def edit(
+    model: Editable,
+    config: PmetConfig,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Statistics | None = None,
+    state: Any = None,
+    *,
+    found: Targets | None = None,
+) -> Edited:
+    """Write a batch of facts into several layers.
+
+        R = (V* - V) / √(layers left),     ΔW_l = R Kᵀ (λ C_l + K Kᵀ)⁻¹
+
+    V is what the last layer's edited matrix writes at the bare prompts, V* what it should write
+    beside an offset of the attention's output, which is then dropped.
+
+    Args:
+      model: the model.
+      config: see `PmetConfig`.
+      params: its parameters.
+      requests: N.
+      stats: C of every layer.
+      state: passed on; PMET keeps none.
+      found: from `targets`, if it has been called.
+
+    Raises:
+      UserError: as MEMIT.
+
+    Reference:
+      arXiv 2308.08742, section 4.
+
+    >>> edit.__name__
+    'edit'
+    """
+    check_requests(requests)
+    config = settle(config, "pmet", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "PMET", config.layers)
+    if found is None:
+        found = find_targets(model, params, requests, config.layers[-1], "joint", config.target)
+
+    def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return ridge(config.weight * stats.moment(layer).astype(np.float64), k, r)
+
+    point = f"{down_name(model.config, config.layers[-1])}:out"
+    edited = spread(
+        model, params, requests, config.layers, point, found, config.target.prefixes,
+        np.sqrt, solve, config.target.batch,
+    )  # fmt: skip
+    return edited._replace(state=state)

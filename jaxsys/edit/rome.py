@@ -1,0 +1,134 @@
+"""ROME and R-ROME: one fact into one layer by a change of rank one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxsys.core.errors import UserError
+from jaxsys.edit.contract import Editable, Edited, Info, Request, check_requests
+from jaxsys.edit.defaults import settle
+from jaxsys.edit.editable import add_delta, matrix_path
+from jaxsys.edit.factors import check_finite
+from jaxsys.edit.keys import KeyReader
+from jaxsys.edit.prefixes import ROME_SAMPLES
+from jaxsys.edit.solves import rank_one
+from jaxsys.edit.stats import Statistics, need
+from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+
+
+@dataclass(frozen=True)
+class RomeConfig:
+    """Choose how ROME edits; None: the default of the model's size.
+
+    Attributes:
+      layer: whose matrix is edited.
+      statistics: C is that of the keys; False: the identity, as the code behind the paper on what
+        editing does to models (arXiv 2410.18785) has it for every size.
+      consistent: one key throughout, the mean over the prefixes (R-ROME); False: as released, the
+        mean gives the direction and the bare prompt's key the length.
+      target: how v* is found.
+
+    >>> RomeConfig().consistent
+    False
+    """
+
+    layer: int | None = None
+    statistics: bool = True
+    consistent: bool = False
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+@dataclass(frozen=True)
+class RRomeConfig(RomeConfig):
+    """Choose how R-ROME edits: `RomeConfig` with one key throughout.
+
+    >>> RRomeConfig().consistent
+    True
+    """
+
+    consistent: bool = True
+
+
+def targets(
+    model: Editable, config: RomeConfig, params: Any, requests: Sequence[Request]
+) -> Targets:
+    """Find the values of many requests at a time, for edits that each start from ``params``.
+
+    >>> from jaxsys.data import ByteTokenizer
+    >>> import jax
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
+    >>> config = RomeConfig(0, target=TargetConfig(1, prefixes=()))
+    >>> params = lm.init(jax.random.key(0), model.config)
+    >>> targets(model, config, params, [Request("In Rome is", "Rome", "x")]).value.shape
+    (1, 32)
+    """
+    for request in requests:
+        check_requests([request])
+    config = settle(config, "rome", model, params, ROME_SAMPLES)
+    return find_targets(model, params, requests, config.layer, "mlp", config.target)
+
+
+def edit(
+    model: Editable,
+    config: RomeConfig,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Statistics | None = None,
+    state: Any = None,
+    *,
+    found: Targets | None = None,
+) -> Edited:
+    """Write one fact into one matrix.
+
+        u = C⁻¹ k* / ‖C⁻¹ k*‖,     W ← W + (v* - W k) uᵀ / (kᵀ u)
+
+    k* is the mean key over the prefixes; k is the bare prompt's key, or k* itself under
+    ``consistent``, where the output W k is averaged over the prefixes too. The edited matrix maps k
+    to v* exactly.
+
+    Args:
+      model: the model.
+      config: see `RomeConfig`.
+      params: its parameters.
+      requests: exactly one.
+      stats: of the layer's keys, unless ``config.statistics`` is off.
+      state: passed on; ROME keeps none.
+      found: from `targets`, if it has been called.
+
+    Raises:
+      UserError: for more than one request, missing statistics, or a change that is not finite.
+
+    Reference:
+      arXiv 2202.05262, equations 2 to 4; arXiv 2403.07175 (R-ROME).
+
+    >>> from jaxsys.data import ByteTokenizer
+    >>> import jax
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
+    >>> config = RomeConfig(0, statistics=False, target=TargetConfig(1, prefixes=()))
+    >>> params = lm.init(jax.random.key(0), model.config)
+    >>> edited = edit(model, config, params, [Request("In Rome is", "Rome", "x")])
+    >>> list(edited.info.factors)
+    ['model.layers.0.mlp.down_proj.weight']
+    """
+    check_requests(requests)
+    if len(requests) > 1:
+        raise UserError(
+            f"ROME got {len(requests)} requests; it takes one at a time; edit one after the other "
+            "(methods.edit_in_turn) or use MEMIT"
+        )
+    config = settle(config, "rome", model, params, ROME_SAMPLES)
+    layer, path = config.layer, matrix_path(model.config, config.layer)
+    moment = need(stats, "ROME", (layer,)).moment(layer) if config.statistics else None
+    if found is None:
+        found = find_targets(model, params, requests, layer, "mlp", config.target)
+    reader = KeyReader(model, params, requests, config.target.prefixes)
+    keys, outputs = (x[0] for x in reader.read(params, layer))
+    direction = keys.mean(axis=0)
+    key, output = (direction, outputs.mean(axis=0)) if config.consistent else (keys[0], outputs[0])
+    a, b = rank_one(moment, direction, key, found.value[0] - output)
+    check_finite(path, a, b)
+    notes = {"loss": found.loss, "nll": found.nll, "steps": found.steps}
+    edited = add_delta(model.config, params, path, a, b)
+    return Edited(edited, state, Info({path: (a, b)}, notes))
