@@ -22,6 +22,7 @@ GROUPS = {
     "nas": "zero-cost architecture search: score, fit, search",
     "merge": "merge models: run, route, conflicts, extract, upcycle, tune",
     "prune": "pruning after training: run, compare, search",
+    "edit": "change facts in a model: apply, evaluate, curve, stats",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",
 }

@@ -26,7 +26,8 @@ from jaxsys.edit.evaluation import (
     summarise,
 )
 from jaxsys.edit.keep import keep, restore
-from jaxsys.edit.protocol import answering_of, edit_batch
+from jaxsys.edit.protocol import answering_of
+from jaxsys.edit.turns import edit_all, settle
 from jaxsys.evaluate.choice import Choices
 from jaxsys.evaluate.exact import Prompt
 from jaxsys.evaluate.protocol import from_lm
@@ -157,6 +158,7 @@ class Grid:
       name: of the model, in the cells.
       folder: for `cells.jsonl` and the kept edits; None keeps nothing.
       stats: second moments, for methods that need them.
+      options: of `run_task`, for all tasks.
       tell: called with each new cell.
 
     Raises:
@@ -179,6 +181,7 @@ class Grid:
         name: str = "model",
         folder: Path | None = None,
         stats: Any = None,
+        options: Mapping[str, Any] | None = None,
         tell: Callable[[dict[str, Any]], None] | None = None,
     ):
         most = max(config.counts)
@@ -189,7 +192,7 @@ class Grid:
             )
         self.model, self.params, self.records, self.tasks = model, params, records[:most], tasks
         self.config, self.name, self.folder, self.stats = config, name, folder, stats
-        self._tell = tell
+        self._tell, self._options = tell, dict(options or {})
         self._bases: dict[int, Base] = {}
         self._print = digest(params) if params else ""
         self.cells = self._read()
@@ -246,6 +249,7 @@ class Grid:
         requests = [list(r.request) for r in self.records[:n]]
         how = repr(None if chosen is None else chosen.config)
         rest = [self.config.batch, self.config.probed, asdict(self.config.evaluation)]
+        rest += [sorted(self._options.items())]
         return digest([self._print, tasks, requests, how, *rest])
 
     def _known(self, method: str, n: int, settings: str) -> dict[str, Any] | None:
@@ -270,7 +274,7 @@ class Grid:
             tokenizer, how = self.model.tokenizer, self.config.evaluation
             rows = evaluate_edits(told, tokenizer, self._probed(n), self._bases[n], how)
             found["edit"] = {name: m._asdict() for name, m in summarise(rows).items()}
-        found["abilities"] = abilities(told, self.model.tokenizer, self.tasks)
+        found["abilities"] = abilities(told, self.model.tokenizer, self.tasks, **self._options)
         return {**found, "evaluation_s": time.perf_counter() - begin_s}
 
     def _sequence(self, chosen: Chosen) -> None:
@@ -282,6 +286,8 @@ class Grid:
         if not missing or failed:
             return
         params, state, done, spent_s = self._begin(chosen, missing[0])
+        # By the unedited parameters: what is sampled must not change on the way.
+        config = settle(chosen.method, self.model, chosen.config, self.params)
         for n in counts:
             if n < missing[0]:
                 continue
@@ -292,11 +298,11 @@ class Grid:
                 while done < n:
                     step = self.config.batch or n
                     part = [r.request for r in self.records[done : min(done + step, n)]]
-                    params, state, _ = edit_batch(
-                        self.model, chosen.method, chosen.config, params, part, self.stats, state
+                    params, state, _ = edit_all(
+                        chosen.method, self.model, config, params, part, self.stats, state
                     )
                     done += len(part)
-                told = answering_of(self.model, chosen.method, chosen.config, params, state)
+                told = answering_of(self.model, chosen.method, config, params, state)
             except UserError as error:
                 self._add(chosen.name, n, self._settings(chosen, n), {"failed": str(error)})
                 return

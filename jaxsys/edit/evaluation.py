@@ -212,9 +212,8 @@ def evaluate_edits(
             "records to evaluate, in their order; make them with base_predictions"
         )
     rows = _likelihoods(answering, tokenizer, probes, base, len(records), config)
-    for i, more in enumerate(_texts(answering, tokenizer, records, config)):
-        rows[i] |= more
-    return rows
+    texts = evaluate_texts(answering, tokenizer, records, config)
+    return [row | more for row, more in zip(rows, texts, strict=True)]
 
 
 def _likelihoods(
@@ -274,9 +273,21 @@ def _seen(answering: Answering, prompt: str) -> str:
     return prompt if answering.rewrite is None else answering.rewrite(prompt)
 
 
-def _texts(
+def evaluate_texts(
     answering: Answering, tokenizer: Any, records: Sequence[Record], config: EvaluationConfig
 ) -> list[dict[str, float]]:
+    """Evaluate what an edited model writes: the part of `evaluate_edits` that needs no likelihood.
+
+    Args:
+      answering: the edited model.
+      tokenizer: its own.
+      records: to evaluate.
+      config: see `EvaluationConfig`.
+
+    >>> quiet = EvaluationConfig(answer_tokens=0, fluency_tokens=0)
+    >>> evaluate_texts(Answering(None), None, [Record(None)], quiet)
+    [{}]
+    """
     found: list[dict[str, float]] = [{} for _ in records]
     if config.answer_tokens:
         prompts = [record.request.prompt for record in records]
@@ -313,7 +324,7 @@ def write(
     Args:
       answering: the edited model.
       tokenizer: its own.
-      prompts: as the user puts them.
+      prompts: as the user puts them; if no more than ``config.rows``, they are rows in this order.
       max_tokens: of each text.
       config: rows together, and the seed.
       sampling: greedy by default.
@@ -328,7 +339,9 @@ def write(
     ids = [encode_pair(tokenizer, _seen(answering, p), "").context for p in prompts]
     eos = getattr(tokenizer, "eos_id", None)
     texts = [""] * len(prompts)
-    order = np.argsort([-len(row) for row in ids], kind="stable").tolist()
+    order = list(range(len(ids)))
+    if len(ids) > config.rows:  # rows of similar length together, the largest program first
+        order.sort(key=lambda i: -len(ids[i]))
     for start in range(0, len(order), config.rows):
         part = order[start : start + config.rows]
         written = generate(

@@ -1,15 +1,21 @@
-"""Edit one by one, in batches, or in sequence, and ask the edited model."""
+"""Edit an unedited model fact by fact and ask it, and what makes a method ready for that."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxsys.core.errors import UserError
 from jaxsys.edit.contract import Answering, Editable, Edited, Info, Method, Record, Request
-from jaxsys.edit.evaluation import Base, EvaluationConfig, evaluate_edits
+from jaxsys.edit.evaluation import Base, EvaluationConfig, evaluate_edits, evaluate_texts
+from jaxsys.edit.stacked import stack_models, stacked_bytes
+from jaxsys.edit.turns import edit_each, settle
 from jaxsys.evaluate.protocol import from_lm
+
+_STACK_BYTES = 1 << 29
 
 
 def answering_of(
@@ -35,49 +41,13 @@ def answering_of(
     return method.answering(model, config, params, state)
 
 
-def edit_batch(
-    model: Editable,
-    method: Method,
-    config: Any,
-    params: Any,
-    requests: Sequence[Request],
-    stats: Any = None,
-    state: Any = None,
-) -> Edited:
-    """Edit a batch at once, or request by request where the method takes one at a time.
-
-    Args:
-      model: see `Editable`.
-      method: see `Method`.
-      config: of the method.
-      params: to edit.
-      requests: the batch.
-      stats: second moments, for methods that need them.
-      state: of the edit before.
-
-    Returns:
-      As `Method.edit`; ``info`` is that of the last call.
-
-    >>> def edit(model, config, params, requests, stats=None, state=None):
-    ...     return Edited(params, (state or 0) + len(requests), Info({}, {}))
-    >>> requests = [Request("a b", "a", "c"), Request("d b", "d", "c")]
-    >>> edit_batch(Editable(None, None), Method(edit, dict, single=True), {}, {}, requests).state
-    2
-    """
-    assert method.edit is not None
-    done = Edited(params, state, Info({}, {}))
-    parts = [[r] for r in requests] if method.single else [list(requests)]
-    for part in parts:
-        done = method.edit(model, config, done.params, part, stats=stats, state=done.state)
-    return done
-
-
 class Single(NamedTuple):
     """Hold what one edit of an unedited model gave.
 
     Attributes:
       row: metrics of `evaluate_edits`.
-      seconds: of the edit, compiling included where it happened.
+      seconds: of the edit, compiling included where it happened; where values are found for many
+        edits at a time, the first of them has that time, and only a mean says something.
       failed: why there was no edit, or None.
 
     >>> Single({"efficacy": 1.0}, 0.5).failed
@@ -98,7 +68,6 @@ def single_edits(
     *,
     stats: Any = None,
     evaluation: EvaluationConfig | None = None,
-    before: Callable[[Record], None] | None = None,
 ) -> Iterator[Single]:
     """Edit an unedited model by each record alone, and evaluate it.
 
@@ -111,27 +80,123 @@ def single_edits(
       bases: from `base_predictions`, of each record alone.
       stats: second moments, for methods that need them.
       evaluation: see `EvaluationConfig`.
-      before: called with each record before its edit.
 
     Yields:
-      One `Single` for each record; an edit that the method refuses scores as the unedited model.
+      One `Single` for each record, a group at a time (what is written freely is written by several
+      edited models at once); an edit that the method refuses scores as the unedited model.
 
-    >>> def edit(model, config, params, requests, stats=None, state=None):
-    ...     return Edited(params, None, Info({}, {}))
-    >>> list(single_edits(Editable(None, None), Method(edit, dict), {}, {}, [], []))
+    >>> list(single_edits(Editable(None, None), Method(edit=print, config=dict), {}, {}, [], []))
     []
     """
-    assert method.edit is not None
+    config = settle(method, model, config, params)
+    edits = _edits(model, method, config, params, [r.request for r in records], stats)
+    evaluation = EvaluationConfig() if evaluation is None else evaluation
+    scored = replace(evaluation, answer_tokens=0, fluency_tokens=0)
+    group: list[tuple[Single, Answering, Any, Record]] = []
     for record, base in zip(records, bases, strict=True):
-        if before is not None:
-            before(record)
-        begin_s, failed = time.perf_counter(), None
-        try:
-            edited = method.edit(model, config, params, [record.request], stats=stats)
-            jax.block_until_ready((edited.params, edited.state))
-            told = answering_of(model, method, config, edited.params, edited.state)
-        except UserError as error:
-            failed, told = str(error), answering_of(model, None, None, params)
+        begin_s = time.perf_counter()
+        edited, failed = next(edits), None
+        if isinstance(edited, str):
+            edited, failed = Edited(params, None, Info({}, {})), edited
+        jax.block_until_ready((edited.params, edited.state))
+        used = None if failed else method
+        told = answering_of(model, used, config, edited.params, edited.state)
         seconds = time.perf_counter() - begin_s
-        [row] = evaluate_edits(told, model.tokenizer, [record], base, evaluation)
-        yield Single(row, seconds, failed)
+        [row] = evaluate_edits(told, model.tokenizer, [record], base, scored)
+        group.append((Single(row, seconds, failed), told, edited.params, record))
+        if len(group) >= _group_size(params, group, method, evaluation):
+            yield from _written(model, params, group, evaluation)
+            group = []
+    if group:
+        yield from _written(model, params, group, evaluation)
+
+
+def _group_size(params: Any, group: Sequence[Any], method: Method, how: EvaluationConfig) -> int:
+    """Say how many edited models write together; those with a memory write alone."""
+    if method.answering is not None or group[-1][-1].generation:
+        return 1
+    most = max(stacked_bytes(params, edited) for _, _, edited, _ in group)
+    return max(1, min(how.rows, _STACK_BYTES // max(most, 1)))
+
+
+def _written(
+    model: Editable, params: Any, group: Sequence[Any], how: EvaluationConfig
+) -> Iterator[Single]:
+    singles, told, edited, records = zip(*group, strict=True)
+    if len(group) == 1:
+        answering = told[0]
+    else:
+        answering = Answering(stack_models(model.config, params, edited))
+    texts = evaluate_texts(answering, model.tokenizer, records, how)
+    for single, more in zip(singles, texts, strict=True):
+        yield single._replace(row=single.row | more)
+
+
+def _edits(
+    model: Editable,
+    method: Method,
+    config: Any,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Any,
+) -> Iterator[Edited | str]:
+    """Give each edit, or why there is none; what is found for many at a time stays so."""
+    edits = edit_each(method, model, config, params, requests, stats)
+    for i, request in enumerate(requests):
+        try:
+            edited: Edited | str = next(edits)
+        except UserError:
+            # Another request of its group may be at fault: this one is tried alone.
+            edited = _alone(model, method, config, params, request, stats)
+            edits = edit_each(method, model, config, params, requests[i + 1 :], stats)
+        yield edited
+
+
+def _alone(
+    model: Editable, method: Method, config: Any, params: Any, request: Request, stats: Any
+) -> Edited | str:
+    try:
+        return next(edit_each(method, model, config, params, [request], stats))
+    except UserError as error:
+        return str(error)
+
+
+def configure(name: str, method: Method, options: Mapping[str, Any]) -> Any:
+    """Make a method's configuration from named options, such as those of a JSON file.
+
+    Args:
+      name: of the method, for errors.
+      method: see `Method`.
+      options: fields of its configuration; ``layers`` sets ``layer`` where a method has one.
+
+    Raises:
+      UserError: for a field that the method does not have, or a value that it refuses.
+
+    >>> from jaxsys.edit.evaluation import EvaluationConfig
+    >>> configure("it", Method(None, EvaluationConfig), {"rows": 2}).rows
+    2
+    """
+    known = {f.name: f for f in dataclasses.fields(method.config)}
+    given = dict(options)
+    if "layers" in given and "layers" not in known and "layer" in known:
+        layers = given.pop("layers")
+        if not isinstance(layers, tuple | list) or len(layers) != 1:
+            raise UserError(f"{name} edits one layer; got {layers}; name one")
+        given["layer"] = layers[0]
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(
+                f"{name} has no setting {key!r}; expected some of {', '.join(known)}; correct it"
+            )
+        given[key] = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, Mapping):
+            inner = Method(None, type(getattr(method.config(), key)))
+            if not dataclasses.is_dataclass(inner.config):
+                raise UserError(f"{name}'s setting {key!r} takes no further settings; give a value")
+            given[key] = configure(f"{name}'s {key}", inner, value)
+    try:
+        return method.config(**given)
+    except TypeError as error:
+        raise UserError(
+            f"{name} cannot be set to {given} ({error}); correct the settings"
+        ) from None

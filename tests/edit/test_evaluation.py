@@ -4,12 +4,14 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxsys.core.errors import UserError
 from jaxsys.data import ByteTokenizer
-from jaxsys.edit.contract import Answering, Record, Request
+from jaxsys.edit.contract import Answering, Editable, Edited, Info, Method, Record, Request
+from jaxsys.edit.editable import with_leaf
 from jaxsys.edit.evaluation import (
     EvaluationConfig,
     base_predictions,
@@ -19,7 +21,11 @@ from jaxsys.edit.evaluation import (
     write,
 )
 from jaxsys.edit.fluency import consistency, fluency, ngram_entropy, says, words_of
-from jaxsys.evaluate.protocol import from_forward
+from jaxsys.edit.protocol import single_edits
+from jaxsys.edit.stacked import stack_models
+from jaxsys.evaluate.generate import generate
+from jaxsys.evaluate.protocol import from_forward, from_lm
+from jaxsys.models import lm
 
 TOKENIZER = ByteTokenizer()
 QUIET = EvaluationConfig(answer_tokens=0, fluency_tokens=0)
@@ -184,3 +190,37 @@ def test_summary_has_the_harmonic_mean_and_intervals():
     assert found["efficacy"][:] == (1.0, 1.0, 1.0, 21)
     assert found["paraphrase"].n == found["score"].n == 20
     assert summarise([{**rows[0], "paraphrase": 0.0}])["score"].value == 0.0
+
+
+def test_stacked_models_write_what_each_writes_alone():
+    config = lm.LMConfig("llama", 256, 16, 2, 2, 1, 8, 16, 96)
+    base = lm.init(jax.random.key(0), config)
+    model = Editable(config, TOKENIZER)
+    path = "model.layers.1.mlp.down_proj.weight"
+
+    def edit(model, config, params, requests, stats=None, state=None):
+        if requests[0].subject == "Bob":
+            raise UserError("no")
+        change = jax.random.normal(jax.random.key(len(requests[0].prompt)), (16, 16))
+        return Edited(with_leaf(params, path, change), None, Info({}, {}))
+
+    records = [
+        Record(Request(f"{name} is", name, "b", "a")) for name in ("Ann", "Bob", "Celia", "D", "E")
+    ]
+    bases = [base_predictions(from_lm(base, config), TOKENIZER, [r]) for r in records]
+    found = {}
+    for rows in (3, 1):
+        how = EvaluationConfig(answer_tokens=6, fluency_tokens=6, rows=rows, seed=1)
+        found[rows] = list(
+            single_edits(model, Method(edit, dict), {}, base, records, bases, evaluation=how)
+        )
+    together, alone = ([s.row for s in found[rows]] for rows in (3, 1))
+    for name in ("efficacy_magnitude", "written", "muted"):
+        assert [row[name] for row in together] == pytest.approx([row[name] for row in alone])
+    assert [s.failed for s in found[3]] == [None, "no", None, None, None]
+    stack = [with_leaf(base, path, jnp.full((16, 16), x)) for x in (0.1, -0.3)]
+    stack.append(with_leaf(base, "model.norm.weight", -base["model"]["norm"]["weight"]))
+    prompts = [TOKENIZER.encode(text) for text in ("a red", "it is", "What?!")]
+    written = generate(stack_models(config, base, stack), prompts, max_tokens=5).tokens
+    for one, prompt, tokens in zip(stack, prompts, written, strict=True):
+        assert generate(from_lm(one, config), [prompt], max_tokens=5).tokens == (tokens,)
