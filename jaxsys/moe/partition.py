@@ -218,7 +218,7 @@ def solve(problem: Backward) -> Partition:
 
     >>> one = np.ones((2, 1))
     >>> solve(Backward(3 * one, one, np.zeros(2), np.array([0.0, 5.0]), 0.0, 1.0)).seconds
-    np.float64(9.0)
+    array(9.)
     """
     problem = Backward(*(np.asarray(part, np.float64) for part in problem))
     for name, part in problem._asdict().items():

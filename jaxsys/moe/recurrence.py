@@ -87,11 +87,12 @@ def makespan_s(
 def chunk_tasks(
     chunk: Chunk,
     degree: int,
-    gradient_s: float = 0.0,
+    gradient_s: float | int = 0.0,
     lead: int = 0,
     *,
     suffix: str = "",
     after: tuple[str, ...] = (),
+    one_link: bool = False,
 ) -> tuple[Task, ...]:
     """List a layer's operations as tasks for `core.timeline`, in the order of their streams.
 
@@ -102,10 +103,11 @@ def chunk_tasks(
         lead: as in `makespan_s`.
         suffix: added to every name, to tell layers apart.
         after: names of tasks that must have ended before the layer starts.
+        one_link: whether all communication takes turns on one link, as in `cases.one_link_s`.
 
     Returns:
         Tasks named ``dispatch i``, ``gather i``, ``expert i``, ``scatter i``, ``combine i`` and
-        ``gradient``, on three streams.
+        ``gradient``, on three streams (two with one link).
 
     >>> from jaxsys.core.timeline import simulate
     >>> simulate(chunk_tasks(Chunk(1.0, 4.0, 1.0, 1.0), 2)).makespan_s
@@ -113,24 +115,24 @@ def chunk_tasks(
     """
     a, g, s, e = (float(t) for t in chunk)
     lead = min(lead, degree) or degree
+    intra = INTER if one_link else INTRA
+    numbers = range(1, degree + 1)
 
-    def name(what: str, i: int) -> str:
-        return f"{what} {i}{suffix}"
+    def tasks(what: str, stream: str, seconds: float, before: str | None) -> list[Task]:
+        waits = {i: after if before is None else (f"{before} {i}{suffix}",) for i in numbers}
+        return [Task(f"{what} {i}{suffix}", stream, seconds, waits[i]) for i in numbers]
 
-    tasks = [Task(name("dispatch", i), INTER, a, after) for i in range(1, degree + 1)]
-    gathers = [
-        Task(name("gather", i), INTRA, g, (name("dispatch", i),)) for i in range(1, degree + 1)
-    ]
-    tasks += gathers[:lead]
-    for i in range(1, degree + 1):
-        tasks.append(Task(name("scatter", i), INTRA, s, (name("expert", i),)))
-        tasks += gathers[lead + i - 1 : lead + i]
-    tasks += [
-        Task(name("expert", i), COMPUTE, e, (name("gather", i),)) for i in range(1, degree + 1)
-    ]
-    if gradient_s > 0:
-        tasks.append(Task(f"gradient{suffix}", INTER, float(gradient_s)))
-    tasks += [
-        Task(name("combine", i), INTER, a, (name("scatter", i),)) for i in range(1, degree + 1)
-    ]
-    return tuple(tasks)
+    dispatches = tasks("dispatch", INTER, a, None)
+    gathers = tasks("gather", intra, g, "dispatch")
+    experts = tasks("expert", COMPUTE, e, "gather")
+    scatters = tasks("scatter", intra, s, "expert")
+    combines = tasks("combine", INTER, a, "scatter")
+    gradient = [Task(f"gradient{suffix}", INTER, float(gradient_s))] * (gradient_s > 0)
+    if one_link:
+        there = [task for pair in zip(dispatches, gathers, strict=True) for task in pair]
+        back = [task for pair in zip(scatters, combines, strict=True) for task in pair]
+        return (*there, *experts, *gradient, *back)
+    inside = gathers[:lead]
+    for i, scatter in enumerate(scatters):
+        inside += [scatter, *gathers[lead + i : lead + i + 1]]
+    return (*dispatches, *inside, *experts, *gradient, *combines)

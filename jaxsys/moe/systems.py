@@ -141,7 +141,7 @@ def schedule(
     before MoE layer i can be reduced from when that part's backward pass has ended. The first
     layer's, and what found no gap, is reduced after it.
 
-    Jittable, and vmappable over stacks, unless gradients are placed in two steps.
+    Compiled, and vmappable over stacks, unless gradients are placed in two steps.
 
     Args:
         system: what overlaps with what.
@@ -159,9 +159,16 @@ def schedule(
     >>> from jaxsys.moe.costs import TESTBED_B
     >>> one = jnp.ones(2)
     >>> layers = Stack(Volumes(4e6 * one, 2e7 * one, 2e7 * one, 5e10 * one), one, one, 1e6 * one)
-    >>> schedule(SYSTEMS["jaxsys"], TESTBED_B, layers).forward.tolist()
+    >>> schedule(SYSTEMS["tutel"], TESTBED_B, layers, (1, 2)).forward.tolist()
     [2, 2]
     """
+    run = _schedule if system.gradients == "two_step" else _compiled
+    return run(system, costs, stack, degrees, width)
+
+
+def _schedule(
+    system: System, costs: Costs, stack: Stack, degrees: tuple[int, ...], width: int
+) -> Schedule:
     forward, backward = (
         jax.vmap(lambda v, b=b: tabulate(costs, v, degrees, order=system.order, backward=b))(
             Volumes(*(jnp.asarray(n, jnp.result_type(float)) for n in stack.volumes))
@@ -182,11 +189,9 @@ def schedule(
     placed = _place(system, problem, together[::-1], width)
     rows, back = jnp.arange(len(turned)), jnp.asarray(placed.choice)[::-1]
     moe = jnp.asarray(placed.moe)[::-1]
-    slice_s = jnp.where(moe > 0, costs.all_reduce(moe), 0.0)
-    if system.gradients == "chunks":  # every message pays α
-        slice_s = moe / _LINA_ELEMENTS * costs.all_reduce(_LINA_ELEMENTS)
+    sent_s = slice_s(system, costs, moe)
     forward_s = forward.least_s[rows, front]
-    backward_s = jnp.maximum(backward.least_s[rows, back], backward.busy_s[rows, back] + slice_s)
+    backward_s = jnp.maximum(backward.least_s[rows, back], backward.busy_s[rows, back] + sent_s)
     left = placed.pending + turned[-1]
     tail_s = jnp.where(left > 0, costs.all_reduce(left), 0.0)
     dense_s = jnp.sum(jnp.asarray(stack.dense_forward_s)) + jnp.sum(problem.dense_s)
@@ -206,7 +211,28 @@ def schedule(
     )
 
 
+_compiled = jax.jit(_schedule, static_argnums=(0, 1, 3, 4))
 _LINA_ELEMENTS = LINA_BYTES / 4  # gradients are float32
+
+
+def slice_s(system: System, costs: Costs, elements: Any) -> Any:
+    """Predict the seconds of a slice of gradient, 0 for none.
+
+    Args:
+        system: one that sends chunks of fixed size pays α for each.
+        costs: fitted lines.
+        elements: of the slice; may be an array or traced.
+
+    Returns:
+        Seconds.
+
+    >>> from jaxsys.moe.costs import TESTBED_B
+    >>> float(slice_s(SYSTEMS["tutel"], TESTBED_B, 0.0))
+    0.0
+    """
+    if system.gradients == "chunks":
+        return elements / _LINA_ELEMENTS * costs.all_reduce(_LINA_ELEMENTS)
+    return jnp.where(jnp.asarray(elements) > 0, costs.all_reduce(elements), 0.0)
 
 
 def _place(system: System, problem: Backward, choice: jax.Array, width: int) -> Partition:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsys.core.errors import UserError
+from jaxsys.moe.capacity import slots_per_expert
 from jaxsys.moe.contract import Dims, MoESpec
 
 
@@ -108,7 +109,7 @@ def volumes(shape: Shape) -> Volumes:
 
 
 def layer_volumes(
-    spec: MoESpec, dims: Dims, rows: int, *, tensor_ranks: int = 1, longest: int | None = None
+    spec: MoESpec, dims: Dims, rows: int, *, tensor_ranks: int = 1, multiple: int = 1
 ) -> Volumes:
     """Count the volumes of one of this package's layers on one rank, padding included.
 
@@ -120,13 +121,13 @@ def layer_volumes(
         dims: its sizes.
         rows: tokens N on one rank.
         tensor_ranks: ranks that split each expert (ESP).
-        longest: the largest degree, a multiple of which C must be; 1 if left out.
+        multiple: of which C must be one: the least common multiple of the degrees.
 
     Returns:
         Elements, and multiply-adds of the experts.
 
     Raises:
-        UserError: for no row or no rank.
+        UserError: for no token or no rank.
 
     >>> from jaxsys.moe.contract import Capacity, Experts, Gate, Order
     >>> gate, order = Gate(None, None, 2), Order(None, None)
@@ -134,14 +135,11 @@ def layer_volumes(
     >>> layer_volumes(spec, Dims(width=8, hidden=16, experts=4), rows=64, tensor_ranks=2)
     Volumes(all_to_all=1024, all_gather=2048, reduce_scatter=2048, expert=49152)
     """
-    for name, value in (("rows", rows), ("tensor_ranks", tensor_ranks)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; expected a whole number from 1 up; change it")
-    multiple = longest or 1
-    slots = rows
-    if spec.capacity.policy != "dropless":
-        slots = int(np.ceil(spec.capacity.factor * spec.gate.k * rows / dims.experts))
-    slots = -(-slots // multiple) * multiple
+    if tensor_ranks < 1:
+        raise UserError(
+            f"tensor_ranks is {tensor_ranks}; expected a whole number from 1 up; change it"
+        )
+    slots = slots_per_expert(spec.capacity, rows, int(spec.gate.k), dims.experts, multiple)
     sent = dims.experts * slots * dims.width
     expert = sent * dims.hidden * spec.experts.matmuls
     return Volumes(sent, sent * tensor_ranks, sent * tensor_ranks, expert)
@@ -168,6 +166,27 @@ def dense_gradient(shape: Shape) -> float:
     if shape.matmuls == 3:
         return 1.5 * m * m / ranks + m * m / ranks
     return 3 * m * m / ranks + 3 * m / ranks + m * m / ranks + m
+
+
+def dense_work(shape: Shape) -> float:
+    """Count the multiply-adds of a layer's attention on one rank, forward.
+
+    ``B·L·(4M² + 2L·M) / N_MP``; with three expert matrices (Mixtral) key and value heads are a
+    quarter, so 2.5M² for 4M².
+
+    Args:
+        shape: sizes of the layer.
+
+    Returns:
+        Multiply-adds.
+
+    >>> dense_work(Shape(1, 2, width=8, hidden=32))
+    576.0
+    """
+    m = float(shape.width)
+    weights = (2.5 if shape.matmuls == 3 else 4.0) * m * m
+    rows = shape.batch * shape.tokens
+    return rows * (weights + 2.0 * shape.tokens * m) / shape.dense_ranks
 
 
 def stack(layers: Sequence[Volumes]) -> Volumes:
