@@ -77,6 +77,7 @@ def test_compare_writes_its_results_and_ssgd_equals_wfbp(tmp_path):
     assert len(lines) == 18
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_and_another_model_is_refused(tmp_path):
     whole, _ = compare(
         _request(tmp_path / "whole", tmp_path, strategies=("streaming",), save_every=100)
