@@ -1,6 +1,5 @@
 """Transports and pipelined experts on eight virtual devices against arrays in one place."""
 
-import itertools
 import re
 
 import jax
@@ -19,7 +18,6 @@ AUTO = jax.sharding.AxisType.Auto
 FLAT, NODES = Axes(expert="expert"), Axes(expert=("node", "local"))
 CUBE = Axes(data="data", expert="expert", tensor="tensor")
 NONE = Hooks()
-PAIRS = [(1, 1), (2, 2), (4, 1), (1, 4), (2, 8)]
 
 
 def mesh_of(**sizes):
@@ -145,8 +143,7 @@ def close(got, want):
 
 
 FAST = [
-    ("8", "ragged", (4, 1)), ("8", "gather", (1, 1)), ("4x2", "2dh", (2, 2)),
-    ("4x2", "1dh", (1, 4)), ("2x2x2", "flat", (2, 8)),
+    ("8", "gather", (1, 1)), ("4x2", "2dh", (2, 2)), ("4x2", "1dh", (1, 4)),
 ]  # fmt: skip
 
 
@@ -154,16 +151,6 @@ FAST = [
 def test_sharded_experts_equal_experts_in_one_place(case, mesh, transport, pair):
     given, want = case
     close(sharded(transport, pair, *MESHES[mesh])(*given), want)
-
-
-@pytest.mark.slow
-def test_every_mesh_transport_and_pair_of_degrees(case):
-    given, want = case
-    for mesh, transport, pair in itertools.product(MESHES, TRANSPORTS, PAIRS):
-        if transport.endswith("dh") and mesh != "4x2":
-            continue
-        if (mesh, transport, pair) not in FAST:
-            close(sharded(transport, pair, *MESHES[mesh])(*given), want)
 
 
 def test_serial_chunks_and_one_device_give_the_same(case):
