@@ -21,7 +21,7 @@ from jaxsys.models.lm.layout import subtree
 from jaxsys.models.lm.moe import feed_forward
 from jaxsys.models.lm.taps import Probe
 from jaxsys.moe import layer
-from jaxsys.moe.contract import Axes, Dims, Info, MoEPlan, MoESpec
+from jaxsys.moe.contract import Axes, Dims, Info, MoEPlan, MoESpec, Routed
 
 HERE = Axes()
 
@@ -167,6 +167,50 @@ def apply(
     >>> apply(params, config, spec, jnp.ones((1, 5), jnp.int32)).logits.shape
     (1, 5, 19)
     """
+    return _run(params, config, spec, tokens, plan, axes, key)[0]
+
+
+def routes(
+    params: Mapping[str, Any],
+    config: lm.LMConfig,
+    spec: MoESpec,
+    tokens: Integer[Array | np.ndarray, "B T"],
+) -> tuple[Routed, ...]:
+    """Tell where every mixture sends every token, without noise.
+
+    Args:
+        params: as in `apply`, as are the others.
+
+    Returns:
+        What each mixture's gate gives, first block first.
+
+    >>> from jaxsys.moe.experts import swiglu
+    >>> from jaxsys.moe.gates import noisy_top_k
+    >>> from jaxsys.moe.order import sparse_order
+    >>> spec = MoESpec(noisy_top_k(2), sparse_order(), swiglu())
+    >>> config = lm.LMConfig("llama", 19, 8, 1, 2, 2, 4, 8, 16)
+    >>> params = init(jax.random.key(0), config, spec, Dims(8, 8, 3))
+    >>> routes(params, config, spec, jnp.ones((1, 5), jnp.int32))[0].experts.shape
+    (5, 2)
+    """
+    _, reads = _run(params, config, spec, tokens, None, HERE, None)
+    gates = [params["moe"][str(i)]["gate"] for i in mixtures(params)]
+    return tuple(
+        spec.gate.route(gate, spec.hooks.before_moe_start(h), None, ())
+        for gate, h in zip(gates, reads, strict=True)
+    )
+
+
+def _run(
+    params: Mapping[str, Any],
+    config: lm.LMConfig,
+    spec: MoESpec,
+    tokens: Array | np.ndarray,
+    plan: MoEPlan | None,
+    axes: Axes,
+    key: jax.Array | None,
+) -> tuple[Output, list[Array]]:
+    """Run the model; beside its output, what each mixture reads."""
     numbers = mixtures(params)
     plan = MoEPlan((layer.ONE,) * len(numbers)) if plan is None else plan
     if len(plan.layers) != len(numbers):
@@ -179,7 +223,7 @@ def apply(
             f"the tensor axis is {axes.tensor!r}, but the attention of this model is not sharded; "
             "expected None; use the data and expert axes"
         )
-    infos = []
+    layout, infos, reads = layout_of(config), [], []
     x = lm.embed(params, config, jnp.asarray(tokens))
     for i in range(config.layers):
         own = lm.layer(params, config, i)
@@ -189,12 +233,12 @@ def apply(
             at = plan.layers[len(infos)]
             y, info = layer.apply(params["moe"][str(i)], h, spec, at, axes=axes, key=noise)
             infos.append(info)
+            reads.append(h)
         else:
-            layout = layout_of(config)
             names = (layout.gate, layout.up, layout.down)
             y = feed_forward(own, config, names, h, Probe((), ()), in_out=layout.in_out)
         x = x + y
-    return Output(lm.head(params, config, x), tuple(infos))
+    return Output(lm.head(params, config, x), tuple(infos)), reads
 
 
 def loss(
