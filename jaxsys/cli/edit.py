@@ -122,12 +122,13 @@ def run_evaluate(config: EvaluateCommand) -> dict[str, Any]:
     from jaxsys.edit.contract import Answering
     from jaxsys.edit.evaluation import (
         EvaluationConfig,
+        base_of_each,
         base_predictions,
         evaluate_edits,
-        summarise,
     )
     from jaxsys.edit.files import open_for_editing
     from jaxsys.edit.protocol import single_edits
+    from jaxsys.edit.summary import summarise
     from jaxsys.evaluate.protocol import from_lm
     from jaxsys.evaluate.run import progress_bar
 
@@ -147,7 +148,7 @@ def run_evaluate(config: EvaluateCommand) -> dict[str, Any]:
         rows = evaluate_edits(Answering(told), editable.tokenizer, records, base, how)
     else:
         _, method, settings = chosen
-        bases = [base_predictions(told, editable.tokenizer, [record]) for record in records]
+        bases = base_of_each(told, editable.tokenizer, records)
         rows = []
         with progress_bar(f"{config.method}, one edit at a time") as progress:
             for single in single_edits(

@@ -23,10 +23,10 @@ from jaxsys.edit.evaluation import (
     base_predictions,
     digest,
     evaluate_edits,
-    summarise,
 )
 from jaxsys.edit.keep import keep, restore
 from jaxsys.edit.protocol import answering_of
+from jaxsys.edit.summary import summarise
 from jaxsys.edit.turns import edit_all, settle
 from jaxsys.evaluate.choice import Choices
 from jaxsys.evaluate.exact import Prompt

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.measure import bootstrap_ci
 from jaxsys.core.report import to_json
 from jaxsys.core.tree import fingerprint
 from jaxsys.edit.contract import Answering, Record
@@ -24,7 +23,6 @@ from jaxsys.evaluate.score import Request as Asked
 from jaxsys.evaluate.score import Scores, encode_pair, score
 
 Kind = Literal["efficacy", "paraphrase", "neighbourhood", "portability"]
-_PARTS = ("efficacy", "paraphrase", "neighbourhood")  # of the score S
 
 
 class Probe(NamedTuple):
@@ -135,6 +133,28 @@ def base_predictions(model: Any, tokenizer: Any, records: Sequence[Record]) -> B
         for i, ids in zip(part, written.tokens, strict=True):
             found[i] = tuple(ids[: len(asked[i].continuation)])
     return Base(digest(model.params), digest([list(p) for p in probes]), tuple(found))
+
+
+def base_of_each(model: Any, tokenizer: Any, records: Sequence[Record]) -> list[Base]:
+    """Ask the unedited model about all records at a time, for edits of one record each.
+
+    Args:
+      model: a `jaxsys.evaluate.protocol.Model`.
+      tokenizer: its own.
+      records: each to be evaluated alone.
+
+    >>> base_of_each(None, None, [])
+    []
+    """
+    if not records:
+        return []
+    whole, found, start = base_predictions(model, tokenizer, records), [], 0
+    for record in records:
+        probes = probes_of([record])
+        own = whole.continuations[start : start + len(probes)]
+        found.append(Base(whole.model, digest([list(p) for p in probes]), own))
+        start += len(probes)
+    return found
 
 
 @dataclass(frozen=True)
@@ -356,51 +376,3 @@ def write(
         for i, text in zip(part, written.texts, strict=True):
             texts[i] = text
     return texts
-
-
-class Metric(NamedTuple):
-    """Hold a metric over records.
-
-    Attributes:
-      value: mean over the records that have it (of S: the harmonic mean of three such means).
-      low, high: 95 % bootstrap interval over records.
-      n: records.
-
-    >>> Metric(0.5, 0.25, 0.75, 8).n
-    8
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def summarise(rows: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
-    """Average records, with bootstrap intervals, and add S = 3 / (1/ES + 1/PS + 1/NS) as `score`.
-
-    Args:
-      rows: from `evaluate_edits`, of one model or of many single edits.
-
-    >>> summarise([{"efficacy": 1.0}, {"efficacy": 0.0}])["efficacy"].value
-    0.5
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    found: dict[str, Metric] = {}
-    for name in names:
-        values = np.array([row[name] for row in rows if row.get(name) is not None], float)
-        if values.size:
-            low, high = bootstrap_ci(values, statistic=np.mean)
-            found[name] = Metric(float(values.mean()), low, high, values.size)
-    whole = [[row[part] for part in _PARTS] for row in rows if all(p in row for p in _PARTS)]
-    if whole:
-        table = np.array(whole, float)
-        places = np.arange(len(table), dtype=float)
-        low, high = bootstrap_ci(places, statistic=lambda at: _harmonic(table[at.astype(int)]))
-        found["score"] = Metric(_harmonic(table), low, high, len(table))
-    return found
-
-
-def _harmonic(table: np.ndarray) -> float:
-    means = table.mean(axis=0)
-    return float(len(means) / np.sum(1 / means)) if (means > 0).all() else 0.0

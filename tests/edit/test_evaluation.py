@@ -17,12 +17,12 @@ from jaxsys.edit.evaluation import (
     base_predictions,
     evaluate_edits,
     probes_of,
-    summarise,
     write,
 )
 from jaxsys.edit.fluency import consistency, fluency, ngram_entropy, says, words_of
 from jaxsys.edit.protocol import single_edits
 from jaxsys.edit.stacked import stack_models
+from jaxsys.edit.summary import summarise
 from jaxsys.evaluate.generate import generate
 from jaxsys.evaluate.protocol import from_forward, from_lm
 from jaxsys.models import lm
