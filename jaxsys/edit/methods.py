@@ -8,7 +8,11 @@ from jaxsys.edit.contract import Editable, Method
 from jaxsys.edit.defaults import settle
 from jaxsys.edit.finetune import FT, FTL, FTM, LoRA, edit_finetune, edit_lora
 from jaxsys.edit.grace import GRACE, answering_grace, edit_grace
+from jaxsys.edit.ike import IKE, answering_ike, edit_ike
+from jaxsys.edit.kn import KN, edit_kn
+from jaxsys.edit.mend import MEND, edit_mend
 from jaxsys.edit.prefixes import MEMIT_SAMPLES, ROME_SAMPLES
+from jaxsys.edit.serac import SERAC, answering_serac, edit_serac
 
 
 def _settle(name: str, samples: Any, model: Editable, config: Any, params: Any) -> Any:
@@ -38,5 +42,9 @@ METHODS: dict[str, Method] = {
     "ft-l": Method(edit_finetune, FTL),
     "ft-m": Method(edit_finetune, FTM),
     "lora": Method(edit_lora, LoRA),
+    "mend": Method(edit_mend, MEND, trained=True),
+    "kn": Method(edit_kn, KN),
     "grace": Method(edit_grace, GRACE, answering=answering_grace),
+    "serac": Method(edit_serac, SERAC, answering=answering_serac),
+    "ike": Method(edit_ike, IKE, answering=answering_ike),
 }
