@@ -3,6 +3,10 @@
     python experiments/prune/search.py stories260k   5 seeds of each at 50 % and 60 %, 768
                                                      expressions a search: about 8 minutes on 2
                                                      idle cores
+    python experiments/prune/search.py stories260k-long
+                                                     3 seeds, with 4,096 tokens to minimise
+    python experiments/prune/search.py MODEL --report
+                                                     lays out what is there
     python experiments/prune/search.py smollm2       1 seed of each at 50 %, 96 expressions a
                                                      search, loss of 512 tokens: about 25 minutes
     python experiments/prune/search.py --smoke       half a minute, nothing written
@@ -72,6 +76,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "stories260k": Plan((0.5, 0.6), 5, 64, 12, (16, 8, 32), 128),
+    "stories260k-long": Plan((0.5, 0.6), 3, 64, 12, (16, 32, 32), 128),
     "smollm2": Plan((0.5,), 1, 24, 4, (8, 2, 4), 256),
 }
 
@@ -138,7 +143,7 @@ def behind_pruned_blocks(
 
 def run(model: str, plan: Plan, kept: dict[str, Any], save: Any, work: Path | None) -> None:
     """Do the searches that are missing."""
-    opened = open_model(model)
+    opened = open_model(model.removesuffix("-long"))
     parts = texts(model, opened, plan)
     loss = LmLoss(opened.config)
     scoring = Scoring(loss)
@@ -190,15 +195,18 @@ def page(model: str, plan: Plan, kept: Mapping[str, Any]) -> str:
         f"{plan.seeds} searches of each kind, {total} expressions each; statistics of {tokens[0]} "
         f"tokens, loss of {tokens[1]} tokens minimised, {tokens[2]} tokens held out; nats per "
         'token, means over seeds with 95 % bootstrap intervals. "Sequential" prunes once more '
-        "with statistics recomputed behind pruned blocks (held-out loss); all compare rows.\n\n"
+        "with statistics recomputed behind pruned blocks (held-out loss; blank where not run); all "
+        "compare rows.\n\n"
     )
-    done = [sparsity for sparsity in plan.sparsities if f"{sparsity} sequential" in kept]
+    done = [
+        s for s in plan.sparsities if all(f"{s} {n} {plan.seeds - 1}" in kept for n in STRATEGIES)
+    ]
     if not done:
         return text
     fig, axes = figure(1, len(done), width=4.8)
     for axis, sparsity in zip(axes[0], done, strict=True):
         runs = {s: [kept[f"{sparsity} {s} {i}"] for i in range(plan.seeds)] for s in STRATEGIES}
-        behind = kept[f"{sparsity} sequential"]
+        behind = kept.get(f"{sparsity} sequential", {})
         rows = [
             {
                 "metric": r["metric"],
@@ -213,7 +221,7 @@ def page(model: str, plan: Plan, kept: Mapping[str, Any]) -> str:
             best = [best_row(f) for f in found]
             row = {"metric": f"best of {name}"}
             row |= {key: interval([b[key] for b in best]) for key in ("loss", "held-out loss")}
-            if name == "evolution":
+            if name == "evolution" and behind:
                 row["sequential"] = interval([behind[f"evolution {i}"] for i in range(plan.seeds)])
             row["distinct masks"] = f"{np.mean([f['fresh'] for f in found]):.0f}"
             rows.append(row)
@@ -275,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", choices=tuple(PLANS), default="stories260k")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--report", action="store_true", help="lay out what is there")
     parser.add_argument("--work", type=Path, help="folder for states of unfinished searches")
     given = parser.parse_args()
     file = RESULTS / f"search_{given.model}.json"
@@ -293,6 +302,9 @@ def main() -> None:
     if file.exists():
         kept = json.loads(file.read_text())
     plan = PLANS[given.model]
+    if given.report:
+        atomic_write(RESULTS / f"search_{given.model}.md", page(given.model, plan, kept))
+        return
     run(given.model, plan, kept, lambda: atomic_write(file, to_json(kept) + "\n"), given.work)
     print(page(given.model, plan, kept))
 
