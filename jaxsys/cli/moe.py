@@ -1,11 +1,12 @@
-"""`jaxsys moe`: plan and profile mixture-of-experts layers (FSMoE, arXiv 2501.10714)."""
+"""`jaxsys moe`: plan, profile and train mixtures of experts (FSMoE, arXiv 2501.10714)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxsys.cli.options import Common
 from jaxsys.core.errors import UserError
+from jaxsys.moe.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,44 @@ class ProfileConfig(Common):
     width: int = 512
     repeats: int = 5
     min_r2: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Common):
+    """Train a language model with mixtures over all devices; a killed run goes on where it was.
+
+    Run it under `jaxsys launch -n 4`, or on a cluster, to spread it over processes.
+
+    Attributes:
+      json: Print one JSON object on standard output, and progress on standard error.
+      out: Folder for the log, checkpoints and the model.
+      seed: Seed of parameters, data order and noise.
+      task: What is trained.
+      steps: Steps of the whole run.
+      data: Groups of devices that each hold all experts; as many as need be by default.
+      tensor: Devices that split each expert.
+      forward: Pipeline degree of the forward pass.
+      backward: Pipeline degree of the backward pass.
+      plan: A plan.json of `jaxsys moe plan`, with degrees and gradient slices, instead.
+      devices: Virtual devices of each process, on a CPU.
+      save_every: Steps between checkpoints; 0 saves the last step only.
+      eval_every: Steps between evaluations on held-out text; 0 evaluates at the end only.
+      loggers: tensorboard, wandb; metrics.jsonl is always written.
+    """
+
+    spreads: ClassVar[bool] = True
+
+    task: Task = field(default_factory=Task)
+    steps: int = 100
+    data: int = 0
+    tensor: int = 1
+    forward: int = 1
+    backward: int = 1
+    plan: Path | None = None
+    devices: int = 1
+    save_every: int = 0
+    eval_every: int = 0
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 def _costs(name: str) -> Any:
@@ -160,7 +199,80 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
     return {"rows": rows, "points": found.points, "out": str(out)}
 
 
+def run_train(config: TrainConfig) -> dict[str, Any]:
+    """Train, log, and save the model."""
+    from jaxsys.cluster import join
+    from jaxsys.core.checkpoint import RunStore
+    from jaxsys.core.report import atomic_write, print_table, to_json
+    from jaxsys.moe.contract import LayerPlan, MoEPlan
+    from jaxsys.moe.train import Job, save_model, train
+    from jaxsys.train.logs import JsonLines, Tee, TensorBoard, WeightsAndBiases, Writer
+
+    plan = MoEPlan((LayerPlan(config.forward, config.backward),))
+    if config.plan is not None:
+        try:
+            plan = MoEPlan.from_json(config.plan.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"the plan {str(config.plan)!r} cannot be read ({error.strerror}); expected the "
+                "plan.json of `jaxsys moe plan`; correct the path"
+            ) from error
+    first = join(local_devices=config.devices).process_id == 0
+    out = config.out or Path("runs/moe-train")
+    job = Job(
+        config.task,
+        config.steps,
+        config.seed,
+        config.data,
+        config.tensor,
+        plan,
+        config.save_every,
+        config.eval_every,
+    )
+    writers: list[Writer] = [JsonLines(out / "metrics.jsonl")] if first else []
+    if first and "tensorboard" in config.loggers:
+        writers.append(TensorBoard(out / "tensorboard"))
+    if first and "wandb" in config.loggers:
+        writers.append(WeightsAndBiases("jaxsys-moe", asdict(config), out))
+
+    def on_step(i: int, row: dict[str, float]) -> None:
+        if first and not config.json:
+            shown = f"step {i}: loss {row['loss']:.4f}, dropped {row['dropped']:.1%}"
+            shown += f", busiest expert {row['imbalance']:.2f} x its share"
+            shown += f", held out {row['valid_loss']:.4f}" if "valid_loss" in row else ""
+            print(f"{shown}, {row['step_s']:.2f} s", flush=True)
+
+    writer = Tee(*writers)
+    try:
+        trained = train(job, store=RunStore(out / "checkpoints"), writer=writer, on_step=on_step)
+    finally:
+        writer.close()
+    form = save_model(trained, config.task, out / "model")
+    result = {
+        "mesh": dict(trained.mesh.shape),
+        "parameters": sum(x.size for x in _leaves(trained.params)),
+        "losses": list(trained.losses),
+        "valid_loss": trained.valid_loss,
+        "bytes_per_token": trained.setup.bytes_per_token,
+        "model": str(out / "model"),
+        "form": form,
+    }
+    if first:
+        atomic_write(out / "result.json", to_json(result))
+        if not config.json:
+            row = {k: result[k] for k in ("mesh", "parameters", "valid_loss", "form", "model")}
+            print_table([row], title="trained")
+    return result
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
 COMMANDS = {
     "plan": (PlanConfig, run_plan),
     "profile": (ProfileConfig, run_profile),
+    "train": (TrainConfig, run_train),
 }

@@ -105,7 +105,7 @@ def apply(
     ((1, 5, 4), 1.0)
     """
     x, routed = _route(params, x, spec, axes, key)
-    if _is_ragged(spec, routed, axes):
+    if isinstance(routed, TokenChoice) and _is_ragged(spec, axes):
         rows = rows_of(x)
         slots, out = _run_ragged(params["experts"], rows, routed, spec)
         return _finish(params, out, Kept(x, routed, slots), rows.shape[0], spec, axes)
@@ -224,10 +224,9 @@ def _slots(routed: TokenChoice | ExpertChoice, n_rows: int, spec: MoESpec, multi
     return fill_slots(routed, size, spec.capacity.policy)
 
 
-def _is_ragged(spec: MoESpec, routed: Routed, axes: Axes) -> bool:
+def _is_ragged(spec: MoESpec, axes: Axes) -> bool:
     here = axes.expert is None and axes.tensor is None
-    can = spec.experts.ragged is not None and isinstance(routed, TokenChoice)
-    return spec.capacity.policy == "dropless" and here and can
+    return spec.capacity.policy == "dropless" and here and spec.experts.ragged is not None
 
 
 def _run_ragged(

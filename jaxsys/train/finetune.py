@@ -21,7 +21,7 @@ from jaxsys.core.report import to_json
 from jaxsys.models import lora
 from jaxsys.models.quantise import BLOCK_WEIGHTS, quantise
 from jaxsys.train.logs import Tee, Writer
-from jaxsys.train.loop import check_finite, iterate
+from jaxsys.train.loop import check_finite, iterate, resume
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -132,7 +132,7 @@ def finetune(
     frozen, trained = _split(params, recipe)
     state = {"trained": trained, "optimizer": jax.jit(optimizer.init)(trained)}
     identity = json.loads(to_json({"recipe": dataclasses.asdict(recipe), "meta": meta or {}}))
-    state, start = _resume(store, state, identity)
+    state, start = resume(store, state, identity)
     train_step = jax.jit(_step, static_argnums=(0, 1, 2), donate_argnums=3)
     writer = writer or Tee()
     losses, before_s = [], time.perf_counter()
@@ -191,18 +191,3 @@ def _step(
     updates, memory = update(grads, memory, trained)
     state = {"trained": optax.apply_updates(trained, updates), "optimizer": memory}
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-
-
-def _resume(store: RunStore | None, state: Any, identity: dict[str, Any]) -> tuple[Any, int]:
-    latest = None if store is None else store.latest()
-    if store is None or latest is None:
-        return state, 0
-    saved, found = store.restore(latest, state)
-    if found != identity:
-        parts = [(part, name) for part in identity for name in {**identity[part], **found[part]}]
-        part, name = next((p, n) for p, n in parts if identity[p].get(n) != found.get(p, {}).get(n))
-        raise UserError(
-            f"{store.directory} holds a run with {name} {found[part].get(name)!r} and this one has "
-            f"{identity[part].get(name)!r}; choose another directory or the same settings"
-        )
-    return saved, latest + 1

@@ -129,3 +129,34 @@ def _iterate(
         if store is not None and (due or i == numbers[-1]):
             store.save(i, state, meta)
         yield i, state, info
+
+
+def resume(store: RunStore | None, state: Any, identity: dict[str, Any]) -> tuple[Any, int]:
+    """Go on from the newest checkpoint of a store, if it is of this run.
+
+    Args:
+      store: where the run saves; None starts afresh.
+      state: a fresh state, which tells what to read.
+      identity: what makes the run this one: parts, each of names and values, as JSON reads them.
+
+    Returns:
+      The state, and the step to run next.
+
+    Raises:
+      UserError: naming the first setting of the saved run that differs.
+
+    >>> resume(None, {"w": 1.0}, {})
+    ({'w': 1.0}, 0)
+    """
+    latest = None if store is None else store.latest()
+    if store is None or latest is None:
+        return state, 0
+    saved, found = store.restore(latest, state)
+    if found != identity:
+        parts = [(part, name) for part in identity for name in {**identity[part], **found[part]}]
+        part, name = next((p, n) for p, n in parts if identity[p].get(n) != found.get(p, {}).get(n))
+        raise UserError(
+            f"{store.directory} holds a run with {name} {found[part].get(name)!r} and this one has "
+            f"{identity[part].get(name)!r}; choose another directory or the same settings"
+        )
+    return saved, latest + 1

@@ -162,15 +162,21 @@ def reference(spec, blocks, multiple):
     return jax.jit(run)
 
 
-def check(got, want, name):
-    """Compare relative to each array's largest entry."""
+def errors(got, want):
+    """The largest error of each array, relative to its largest entry."""
     loss, y, grads, (aux, load, _, entropy) = got
     got = {"loss": loss, "y": y, "params": grads[0], "x": grads[1], "info": (aux, load, entropy)}
     loss, y, grads, info = want
     want = {"loss": loss, "y": y, "params": grads[0], "x": grads[1], "info": info}
     got, want = flatten(got), flatten(want)
     assert got.keys() == want.keys()
+    found = {}
     for key, b in want.items():
         a, b = np.asarray(got[key]), np.asarray(b)
-        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)
+        found[key] = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6))
+    return found
+
+
+def check(got, want, name):
+    for key, error in errors(got, want).items():
         assert error < 1e-5, f"{name}: {key} is off by {error:.1e}"

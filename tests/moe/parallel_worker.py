@@ -12,11 +12,8 @@ from jaxsys.cluster import join
 
 sys.path.insert(0, __file__.rpartition("/")[0])
 CASES = (
-    ("gshard", "sparse", "flat", (2, 8), "4"),
-    ("choice", "einsum", "ragged", (4, 1), "4"),
-    ("soft", "sparse", "gather", (2, 2), "4"),
-    ("sigmoid", "sparse", "2dh", (1, 4), "2x2"),
-    ("cosine", "einsum", "1dh", (1, 1), "2x2"),
+    ("gshard", "sparse", "flat", (2, 4), "4"),
+    ("sigmoid", "einsum", "2dh", (1, 2), "2x2"),
 )
 
 
@@ -28,7 +25,6 @@ def main() -> None:
         mesh, axes = cases.make_mesh(name)
         spec = cases.make_spec(gate, order, transport)
         given = cases.make_case(spec)
-        want = cases.reference(spec, 4, math.lcm(*pair))(*given)
         function = cases.sharded(spec, pair, mesh, axes)
         parts, tokens = cases.partitions(spec, axes)
 
@@ -41,8 +37,10 @@ def main() -> None:
         params = jax.tree.map(place, given[0], parts)
         got = function(params, *(place(x, tokens) for x in given[1:]))
         got = multihost_utils.process_allgather(got, tiled=True)
-        cases.check(got, want, f"{gate} {order} {transport} {pair}")
-    print("equal")
+        if jax.process_index() == 0:
+            want = cases.reference(spec, 4, math.lcm(*pair))(*given)
+            cases.check(got, want, f"{gate} {order} {transport} {pair}")
+            print(f"{transport} is equal", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""A pipelined layer over four processes and slow links: measured time beside the recurrence's.
+
+Command:   python experiments/moe/netlab.py            about 3 minutes on 2 cores
+           python experiments/moe/netlab.py --smoke    two processes, a small layer, kept nowhere
+Expected:  measured within some 15 % of predicted, and a chunked layer faster than a whole one; the
+           best degree among the measured ones is the predicted one or level with it
+Results:   results/netlab.md, .json and .png
+
+Each process computes on one virtual device and carries all-to-alls on another, whose link is
+shaped; forward passes, the degrees in turns. The lines behind the prediction are measured in the
+same processes before: all-to-alls of six sizes, experts of as many, all processes at once. Where
+shaped networks cannot be had the link is emulated, and every figure says so.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jaxsys.cluster import available, join, launch, netlab, parse_rate
+from jaxsys.core.cost import LinearCost, PoorFitError, fit_linear
+from jaxsys.core.measure import bootstrap_ci, machine
+from jaxsys.core.report import atomic_write, figure, markdown_table, save_figure, to_json
+
+HERE = Path(__file__).parent
+DEGREES = (1, 2, 4, 8)
+MARK = "@netlab "
+FULL = {"workers": 4, "experts": 8, "width": 256, "hidden": 4096, "slots": 128, "rounds": 15}
+SMOKE = {"workers": 2, "experts": 4, "width": 32, "hidden": 64, "slots": 16, "rounds": 3}
+
+
+def worker(options: dict) -> None:
+    """Profile, predict and measure in one of the processes."""
+    member = join()
+    import jax
+
+    from jaxsys.core.lane import Lane
+    from jaxsys.core.mesh import device_pair
+    from jaxsys.moe.contract import Dims, Gate, MoESpec, Order
+    from jaxsys.moe.dispatch import TRANSPORTS
+    from jaxsys.moe.experts import gpt_ffn
+    from jaxsys.moe.host import host_layer
+
+    pair, experts = device_pair(), gpt_ffn()
+    lane, n = Lane(pair), member.num_processes
+    moves = TRANSPORTS["flat"]
+    spec = MoESpec(Gate(None, None, 1), Order(None, None), experts, *moves)
+    rate = options["hold_bits_s"]
+    hold_s = None if rate is None else (lambda size: 32 * size * (n - 1) / n / rate)
+    layer = host_layer(spec, lane, hold_s)
+    dims = Dims(options["width"], options["hidden"], options["experts"] // n)
+    shape = (options["experts"], options["slots"], options["width"])
+    keys = jax.random.split(jax.random.key(member.process_id))
+    params = jax.device_put(experts.init(keys[0], dims), pair.compute)
+    buffer = jax.device_put(jax.random.normal(keys[1], shape), pair.compute)
+    lines = profile(layer, lane, params, buffer, options["rounds"], hold_s)
+    found = measure(layer, lane, params, buffer, options["rounds"])
+    if member.process_id == 0:
+        result = {"lines": {k: v.to_dict() for k, v in lines.items()}, "measured": found}
+        print(MARK + json.dumps(result), flush=True)
+    lane.gather(np.zeros(1, np.float32))
+    lane.close()
+
+
+def profile(layer, lane, params, buffer, rounds: int, hold_s) -> dict[str, LinearCost]:
+    """Fit seconds over elements of a chunk's buffer: the slowest process's, medians of rounds."""
+    import jax
+
+    sizes = [buffer.shape[1] // d for d in (16, 8, 4, 2, 1)]
+    times: dict[str, list[list[float]]] = {"all_to_all": [], "expert": []}
+    for k in range(rounds + 1):  # the first compiles
+        row: dict[str, list[float]] = {"all_to_all": [], "expert": []}
+        for slots in sizes:
+            chunk = jax.block_until_ready(buffer[:, :slots])
+            hold = 0.0 if hold_s is None else hold_s(chunk.size)
+            lane.gather(np.zeros(1, np.float32))
+            # The second of two: what a link lets pass at once after a pause would flatter it.
+            pair = [lane.submit(layer.dispatch, (chunk,), hold_s=hold) for _ in range(2)]
+            rows, start_s, end_s = pair[1].result()
+            row["all_to_all"].append(end_s - start_s)
+            lane.gather(np.zeros(1, np.float32))
+            start_s = time.perf_counter()
+            jax.block_until_ready(layer.experts(params, rows))
+            row["expert"].append(time.perf_counter() - start_s)
+        for name, values in row.items():
+            if k:
+                times[name].append(lane.gather(np.array(values, np.float32)).max(0).tolist())
+            else:
+                lane.gather(np.array(values, np.float32))
+    elements = [buffer.size // buffer.shape[1] * slots for slots in sizes]
+    found = {}
+    for name, rows in times.items():
+        seconds = np.median(rows, axis=0)
+        try:
+            found[name] = fit_linear(elements, seconds)
+        except PoorFitError as error:
+            print(f"{name}: {error}; {seconds.tolist()}", file=sys.stderr, flush=True)
+            found[name] = LinearCost(0.0, float(seconds[-1] / elements[-1]), 0.0, 1.0, 0)
+    return found
+
+
+def measure(layer, lane, params, buffer, rounds: int) -> dict[str, dict]:
+    """Time the layer at every degree, in turns; a round counts as its slowest process."""
+    rng, times = np.random.default_rng(0), {r: [] for r in DEGREES}
+    want, spans = None, {}
+    for k in range(rounds + 1):  # the first compiles
+        for r in rng.permutation(DEGREES).tolist():
+            lane.gather(np.zeros(1, np.float32))
+            y, info = layer.run(params, buffer, r)
+            slowest = lane.gather(np.array([info.layer_s], np.float32)).max()
+            if k:
+                times[r].append(float(slowest))
+                spans[r] = [list(span) for span in info.spans]
+            want = np.asarray(y) if want is None else want
+            np.testing.assert_allclose(np.asarray(y), want, rtol=1e-4, atol=1e-4)
+    return {str(r): {"layer_s": times[r], "spans": spans[r]} for r in DEGREES}
+
+
+def run(rate: str, options: dict) -> dict:
+    """Run the processes at one link rate and put the prediction beside what they measured."""
+    from jaxsys.moe.cases import Chunk
+    from jaxsys.moe.recurrence import makespan_s
+
+    n, found, lines = options["workers"], [], []
+
+    def on_line(i: int, line: str) -> None:
+        lines.append(f"[{i}] {line}")
+        if line.startswith(MARK):
+            found.append(json.loads(line[len(MARK) :]))
+
+    def start(options: dict, **place) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(options)]
+        report = launch(command, n, on_line=on_line, pin=True, **place)
+        if report.exit_code:
+            raise RuntimeError("\n".join(lines[-20:]))
+
+    if available().ok:
+        with netlab(n, rate) as lab:
+            lab.verify()
+            start(options | {"hold_bits_s": None}, wrap=lab.wrap, host=lab.addresses[0])
+    else:
+        start(options | {"hold_bits_s": parse_rate(rate)})
+    result = found[0]
+    whole = options["experts"] * options["slots"] * options["width"]
+    cost = {name: LinearCost.from_dict(line) for name, line in result["lines"].items()}
+    rows = []
+    for r in DEGREES:
+        a, e = (cost[name](whole / r) for name in ("all_to_all", "expert"))
+        predicted = float(makespan_s(Chunk(a, 0.0, 0.0, e), r, most=max(DEGREES)))
+        seconds = result["measured"][str(r)]["layer_s"]
+        low, high = bootstrap_ci(np.array(seconds))
+        rows.append(
+            {
+                "degree": r,
+                "predicted_s": predicted,
+                "measured_s": float(np.median(seconds)),
+                "low_s": low,
+                "high_s": high,
+                "rounds": len(seconds),
+            }
+        )
+    label = "shaped link" if available().ok else "emulated link"
+    return {"rate": rate, "label": f"{label}, {rate}", "rows": rows, **result}
+
+
+def best(rows: list[dict], name: str) -> dict:
+    """Give the row with the least time of that name."""
+    return min(rows, key=lambda row: row[name])
+
+
+def summary(results: list[dict]) -> list[dict]:
+    """One line a rate: the best degrees and how far off the predictions are."""
+    lines = []
+    for result in results:
+        rows = result["rows"]
+        chosen, fastest = best(rows, "predicted_s"), best(rows, "measured_s")
+        errors = [row["measured_s"] / row["predicted_s"] - 1 for row in rows]
+        lines.append(
+            {
+                "link": result["label"],
+                "best predicted": chosen["degree"],
+                "best measured": fastest["degree"],
+                "measured at the predicted best / least measured": round(
+                    chosen["measured_s"] / fastest["measured_s"], 3
+                ),
+                "whole layer / best": round(rows[0]["measured_s"] / fastest["measured_s"], 2),
+                "measured over predicted": ", ".join(f"{error:+.0%}" for error in errors),
+            }
+        )
+    return lines
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Draw measured points with intervals over predicted lines, layer time against degree."""
+    fig, axes = figure(1, 1, width=5.4, height=3.8)
+    for result in results:
+        rows = result["rows"]
+        degrees = [row["degree"] for row in rows]
+        (line,) = axes[0, 0].plot(degrees, [row["predicted_s"] for row in rows], linewidth=1)
+        low = [max(0.0, row["measured_s"] - row["low_s"]) for row in rows]
+        high = [max(0.0, row["high_s"] - row["measured_s"]) for row in rows]
+        axes[0, 0].errorbar(
+            degrees,
+            [row["measured_s"] for row in rows],
+            yerr=[low, high],
+            fmt="o",
+            markersize=4,
+            color=line.get_color(),
+            label=result["label"],
+        )
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks(DEGREES, [str(r) for r in DEGREES])
+    axes[0, 0].set(xlabel="pipeline degree", ylabel="s per forward pass of a layer")
+    axes[0, 0].set_title("points measured, lines predicted")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def main() -> None:
+    """Run the experiment and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--rates", nargs="+", default=["50mbit", "200mbit"])
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(json.loads(args.worker))
+        return
+    options = dict(SMOKE if args.smoke else FULL)
+    options["rounds"] = args.rounds or options["rounds"]
+    out = Path(tempfile.mkdtemp()) if args.smoke else args.out
+    rates = args.rates[:1] if args.smoke else args.rates
+    results = [run(rate, options) for rate in rates]
+    text = [
+        "# A pipelined layer over slow links, measured beside predicted\n",
+        f"`python experiments/moe/netlab.py --rates {' '.join(rates)}`\n",
+        f"{machine()}\n",
+        f"{options['workers']} processes on as many links, {options['experts']} GPT experts of "
+        f"{options['width']} × {options['hidden']}, {options['slots']} slots each on every "
+        f"process, float32, forward; medians of {options['rounds']} rounds, degrees in turns, a "
+        "round counting as its slowest process, with 95 % bootstrap intervals. Predicted: the "
+        "max-plus recurrence on lines that the same processes measured before.\n",
+        markdown_table(summary(results)),
+    ]
+    for result in results:
+        lines = {name: LinearCost.from_dict(line) for name, line in result["lines"].items()}
+        fitted = ", ".join(
+            f"{name} α {line.alpha_s * 1e3:.1f} ms, β {line.beta_s_per_unit * 1e9:.1f} ns an "
+            f"element, r² {line.r2:.3f}"
+            for name, line in lines.items()
+        )
+        text += [f"## {result['label']}\n", f"{fitted}.\n", markdown_table(result["rows"])]
+    atomic_write(out / "netlab.md", "\n".join(text))
+    atomic_write(out / "netlab.json", to_json(results))
+    draw(results, out / "netlab.png")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
