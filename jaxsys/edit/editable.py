@@ -148,8 +148,8 @@ def add_delta(
     config: Any,
     params: Mapping[str, Any],
     path: str,
-    a: Float[Array, "O R"],
-    b: Float[Array, "I R"],
+    a: Float[Array | np.ndarray, "O R"],
+    b: Float[Array | np.ndarray, "I R"],
 ) -> dict[str, Any]:
     """Add ΔW = A Bᵀ to a matrix, in float32, keeping its dtype and orientation.
 

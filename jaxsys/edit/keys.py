@@ -46,6 +46,7 @@ class KeyReader:
 
     >>> from jaxsys.data import ByteTokenizer
     >>> import jax
+    >>> from jaxsys.models import lm
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
     >>> params = lm.init(jax.random.key(0), model.config)
     >>> reader = KeyReader(model, params, [Request("In Rome is", "Rome", "x")], ())

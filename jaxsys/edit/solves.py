@@ -41,7 +41,7 @@ def solve(
     Raises:
       UserError: if the matrix is singular to the precision at hand.
 
-    >>> solve(np.diag([2.0, 4.0]), np.ones((2, 1))).tolist()
+    >>> solve(np.diag([2.0, 4.0]), np.ones((2, 1))).round(6).tolist()
     [[0.5], [0.25]]
     """
     with jax.enable_x64(True):
@@ -137,7 +137,7 @@ def ridge(
       (A, B) with ΔW = A Bᵀ: A = R, B = (w M + K Kᵀ)⁻¹ K; float32.
 
     Raises:
-      UserError: if a system is singular.
+      UserError: if a system is singular, or, without weight, two keys are alike.
 
     >>> a, b = ridge(1.0, np.eye(2), np.eye(2))
     >>> (a @ b.T).tolist()
@@ -149,9 +149,23 @@ def ridge(
         b = solve(weight * dense, k64, k64)
     else:
         y = k64 / m if np.ndim(m) == 0 else solve(m, k64)
-        inner = k64.T @ y + weight * np.eye(k64.shape[1])
-        b = solve((inner + inner.T) / 2, y.T, what="the keys of the requests, two being alike,").T
+        inner = k64.T @ y
+        if not weight:
+            _check_apart(inner)
+        inner = inner + weight * np.eye(k64.shape[1])
+        b = solve((inner + inner.T) / 2, y.T, what="the matrix of the requests' keys").T
     return np.asarray(r, np.float32), b.astype(np.float32)
+
+
+def _check_apart(inner: np.ndarray) -> None:
+    size = np.sqrt(np.diagonal(inner))
+    alike = np.triu(inner / np.outer(size, size), 1) > 1 - 1e-9
+    if alike.any():
+        i, j = (int(x[0]) for x in np.nonzero(alike))
+        raise UserError(
+            f"requests {i} and {j} have the same key, as two facts about one subject do whose "
+            "prompts begin alike; equality for both cannot be had; allow slack or edit one of them"
+        )
 
 
 def rank_one(

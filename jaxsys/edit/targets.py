@@ -210,16 +210,19 @@ def find_targets(
     array([2], dtype=int32)
     """
     assert config.prefixes is not None
+    behind = [len(e.ids) - e.lookup for e in (encode(model, request) for request in requests)]
+    order = np.argsort(behind, kind="stable")  # like lengths together, so that little is padding
     found = []
     for first in range(0, len(requests), config.batch):
-        part = requests[first : first + config.batch]
+        part = [requests[i] for i in order[first : first + config.batch]]
         rows = min(1 << (len(part) - 1).bit_length(), config.batch)
         problem = make_problem(model, part, config.prefixes, rows)
         result = _find(
             model.config, params, problem, layer, points(model.config, layer, kind), config
         )
         found.append(Targets(*(np.asarray(x)[: len(part)] for x in result)))
-    whole = Targets(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    places = np.argsort(order)
+    whole = Targets(*(np.concatenate(parts)[places] for parts in zip(*found, strict=True)))
     wrong = np.flatnonzero(~np.isfinite(whole.value).all(axis=1))
     if wrong.size:
         raise UserError(

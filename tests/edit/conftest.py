@@ -28,9 +28,23 @@ def gpt2():
 
 @pytest.fixture(scope="session")
 def facts() -> list[Request]:
-    """Give three requests of different lengths."""
+    """Give three requests, different but of lengths that share their programs."""
     return [
         Request("The city of Rome lies in", "Rome", "Gaul", "Italy"),
-        Request("Ada plays the", "Ada", "oud", "harp"),
-        Request("Who made Linux? It was", "Linux", "Bo", "Linus"),
+        Request("My good friend Ada plays the", "Ada", "oboe", "harp"),
+        Request("Who once made Linux? It was", "Linux", "Bono", "Linus"),
     ]
+
+
+class ShortAnswers(ByteTokenizer):
+    """Bytes, but for " ?" and " !", which are the tokens 1 and 2."""
+
+    def encode(self, text):
+        """Turn text into token ids."""
+        return super().encode(text.replace(" ?", "\x01").replace(" !", "\x02"))
+
+
+@pytest.fixture(scope="session")
+def short_answers() -> ShortAnswers:
+    """Give a tokenizer with two answers of one token."""
+    return ShortAnswers()
