@@ -26,6 +26,7 @@ CONFIG = lm.config_from_hf(
 NUMBERS = (0, 1)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_with_gradients_in_the_gaps_equals_a_whole_one():
     spec = MoESpec(
         noisy_top_k(2), sparse_order(), gpt_ffn(), *TRANSPORTS["flat"], capacity=Capacity(4.0)
