@@ -42,8 +42,11 @@ def targets(
 ) -> Targets:
     """Find the values of many requests at a time, for edits that each start from ``params``.
 
-    >>> targets.__name__
-    'targets'
+    >>> request = Request("Paris is in", "Rome", "Gaul")
+    >>> targets(Editable(None, None), AlphaEditConfig(), {}, [request])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
     """
     for request in requests:
         check_requests([request])
@@ -115,8 +118,13 @@ def edit(
     Reference:
       arXiv 2410.02355, equation 14.
 
-    >>> edit.__name__
-    'edit'
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 6, 4, 2, 8, 48, 64), None)
+    >>> config = AlphaEditConfig(target=TargetConfig(prefixes=()))
+    >>> edit(model, config, {}, [Request("Rome is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: AlphaEdit got no statistics of the keys of layers 0 1 2; ...
     """
     check_requests(requests)
     config = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)

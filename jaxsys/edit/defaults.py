@@ -34,6 +34,10 @@ COMMON: dict[str, Settings] = {
     },
 }
 
+# In the manner of what a model writes after these beginnings; fixed, so that runs need not sample.
+SMOLLM2_PREFIXES = ("The first time I saw the", "Therefore, the", "Because of the")
+_SMOLLM2 = _target(12, 0.5, 4.0, 1e-3) | {"prefixes": SMOLLM2_PREFIXES}
+
 # By model_type, layers, width and, where these do not tell models apart, vocabulary.
 SIZES: dict[tuple, dict[str, Settings]] = {
     ("gpt2", 24, 1024): {"rome": {"layer": 8, "target": _target(20, 0.5, 3.0, 0.5)}},
@@ -57,6 +61,19 @@ SIZES: dict[tuple, dict[str, Settings]] = {
         "alphaedit": {"layers": (3, 4, 5, 6, 7, 8), "target": _target(25, 0.5, 0.75, 0.5)},
     },
     ("gpt_neox", 12, 768): {"rome": {"layer": 3}, "memit": {"layers": (0, 1, 2, 3, 4)}},
+    ("llama", 30, 576): {
+        "rome": {"layer": 5, "target": _SMOLLM2},
+        "memit": {"layers": (3, 4, 5), "weight": 300.0, "target": _SMOLLM2},
+        "pmet": {"layers": (3, 4, 5), "weight": 300.0, "target": _SMOLLM2},
+        "emmet": {"layers": (5,), "weight": 1500.0, "target": _SMOLLM2},
+        "alphaedit": {
+            "layers": (3, 4, 5),
+            "threshold": 0.2,
+            "relative": True,
+            "ridge": 1.0,
+            "target": _SMOLLM2,
+        },
+    },
     ("llama", 32, 4096, 32000): {
         "rome": {"layer": 5, "target": _target(25, 0.5, 4.0, 1e-3)},
         "memit": {"layers": (4, 5, 6, 7, 8), "target": _target(25, 0.5, 4.0, 1e-3)},

@@ -42,8 +42,10 @@ def targets(
 ) -> Targets:
     """Find the values of many requests at a time, for edits that each start from ``params``.
 
-    >>> targets.__name__
-    'targets'
+    >>> targets(Editable(None, None), EmmetConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
     """
     for request in requests:
         check_requests([request])
@@ -82,8 +84,13 @@ def edit(
     Reference:
       arXiv 2403.14236, equation 13.
 
-    >>> edit.__name__
-    'edit'
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 6, 4, 2, 8, 48, 64), None)
+    >>> config = EmmetConfig(target=TargetConfig(prefixes=()))
+    >>> edit(model, config, {}, [Request("Rome is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: EMMET got no statistics of the keys of layers 1; make them ...
     """
     check_requests(requests)
     config = settle(config, "emmet", model, params, MEMIT_SAMPLES)

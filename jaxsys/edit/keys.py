@@ -45,13 +45,11 @@ class KeyReader:
       batch: requests whose activations exist at one time.
 
     >>> from jaxsys.data import ByteTokenizer
-    >>> import jax
     >>> from jaxsys.models import lm
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = lm.init(jax.random.key(0), model.config)
-    >>> reader = KeyReader(model, params, [Request("In Rome is", "Rome", "x")], ())
-    >>> reader.read(params, 0)[0].shape
-    (1, 1, 48)
+    >>> params = {"model": {"embed_tokens": {"weight": jnp.ones((256, 32))}}}
+    >>> KeyReader(model, params, [Request("In Rome is", "Rome", "x")] * 3, (), batch=2).parts
+    2
     """
 
     def __init__(
@@ -67,6 +65,11 @@ class KeyReader:
         for first in range(0, len(requests), batch):
             part = requests[first : first + batch]
             self._streams.append(begin(model, params, lookup_rows(model, part, prefixes)))
+
+    @property
+    def parts(self) -> int:
+        """Count the groups of requests that run one after the other."""
+        return len(self._streams)
 
     def read(
         self, params: Any, layer: int

@@ -40,8 +40,10 @@ def targets(
 ) -> Targets:
     """Find the values of many requests at a time, for edits that each start from ``params``.
 
-    >>> targets.__name__
-    'targets'
+    >>> targets(Editable(None, None), MemitConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
     """
     for request in requests:
         check_requests([request])
@@ -82,8 +84,13 @@ def edit(
     Reference:
       arXiv 2210.07229, equations 14, 19 and 20, algorithm 1.
 
-    >>> edit.__name__
-    'edit'
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 6, 4, 2, 8, 48, 64), None)
+    >>> config = MemitConfig(target=TargetConfig(prefixes=()))
+    >>> edit(model, config, {}, [Request("Rome is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: MEMIT got no statistics of the keys of layers 0 1 2; make them ...
     """
     check_requests(requests)
     config = settle(config, "memit", model, params, MEMIT_SAMPLES)

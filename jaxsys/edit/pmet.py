@@ -38,8 +38,10 @@ def targets(
 ) -> Targets:
     """Find the values of many requests at a time, for edits that each start from ``params``.
 
-    >>> targets.__name__
-    'targets'
+    >>> targets(Editable(None, None), PmetConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
     """
     for request in requests:
         check_requests([request])
@@ -79,8 +81,13 @@ def edit(
     Reference:
       arXiv 2308.08742, section 4.
 
-    >>> edit.__name__
-    'edit'
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 6, 4, 2, 8, 48, 64), None)
+    >>> config = PmetConfig(target=TargetConfig(prefixes=()))
+    >>> edit(model, config, {}, [Request("Rome is in", "Rome", "Gaul")])
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: PMET got no statistics of the keys of layers 0 1 2; make them ...
     """
     check_requests(requests)
     config = settle(config, "pmet", model, params, MEMIT_SAMPLES)

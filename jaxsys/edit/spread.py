@@ -46,8 +46,14 @@ def spread(
     Returns:
       `Edited`; its state is layer to K [F, N], taken again when all layers were edited.
 
-    >>> spread.__name__
-    'spread'
+    >>> from jaxsys.data import ByteTokenizer
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
+    >>> params = {"model": {"embed_tokens": {"weight": np.ones((256, 32), np.float32)}}}
+    >>> found = Targets(*[np.zeros((1, 32))] * 2, *[np.zeros(1)] * 3)
+    >>> one = [Request("In Rome is", "Rome", "x")]
+    >>> spread(model, params, one, (), ":out", found, (), lambda n: n, min, 1).info.factors
+    {}
     """
     reader = KeyReader(model, params, requests, prefixes, batch)
     factors, missing = {}, []
@@ -64,7 +70,7 @@ def spread(
         "loss": found.loss,
         "nll": found.nll,
         "steps": found.steps,
-        "missing": np.stack(missing),
+        "missing": np.reshape(missing, (len(layers), -1)),
     }
     return Edited(params, None, Info(factors, notes))
 
@@ -79,8 +85,12 @@ def keys_of(
 ) -> dict[int, np.ndarray]:
     """Take the keys of finished edits, [F, N] by layer.
 
-    >>> keys_of.__name__
-    'keys_of'
+    >>> from jaxsys.data import ByteTokenizer
+    >>> from jaxsys.models import lm
+    >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
+    >>> params = {"model": {"embed_tokens": {"weight": np.ones((256, 32), np.float32)}}}
+    >>> keys_of(model, params, [Request("In Rome is", "Rome", "x")], (), (), 1)
+    {}
     """
     reader = KeyReader(model, params, requests, prefixes, batch)
     return {layer: half_bare(reader.read(params, layer)[0]).T for layer in layers}

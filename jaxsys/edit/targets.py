@@ -204,10 +204,11 @@ def find_targets(
 
     >>> from jaxsys.data import ByteTokenizer
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 2, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = lm.init(jax.random.key(0), model.config)
     >>> config = TargetConfig(2, 0.5, 4.0, 0.5, 0.0625, prefixes=())
-    >>> find_targets(model, params, [Request("Rome is in", "Rome", "G")], 0, "mlp", config).steps
-    array([2], dtype=int32)
+    >>> find_targets(model, {}, [Request("Rome is in", "Rome", "G")], 9, "mlp", config)
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: layer 9 is asked for; the model has layers 0 to 1; choose ...
     """
     assert config.prefixes is not None
     behind = [len(e.ids) - e.lookup for e in (encode(model, request) for request in requests)]

@@ -54,9 +54,9 @@ def subject_sigma(model: Editable, params: Any, requests: Sequence[Request]) -> 
 
     >>> from jaxsys.data import ByteTokenizer
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = lm.init(jax.random.key(0), model.config)
-    >>> 0.01 < subject_sigma(model, params, [Request("Rome is in", "Rome", "x")]) < 0.03
-    True
+    >>> params = {"model": {"embed_tokens": {"weight": jnp.ones((256, 32))}}}
+    >>> subject_sigma(model, params, [Request("Rome is in", "Rome", "x")])
+    0.0
     """
     spread = []
     for request in requests:
@@ -107,11 +107,10 @@ def trace(
       arXiv 2202.05262, section 2.1 and appendix B.
 
     >>> from jaxsys.data import ByteTokenizer
-    >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = lm.init(jax.random.key(0), model.config)
-    >>> request = Request("So Ur is", "Ur", "x")
-    >>> trace(model, params, request, kinds=("layer",), samples=2).restored["layer"].shape
-    (1, 8)
+    >>> trace(Editable(None, ByteTokenizer()), {}, Request("So Ur is", "Ur", "x"), kinds=("head",))
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: kinds ['head'], 10 samples and a window of 10 are asked for; ...
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or samples < 1 or window < 1:
