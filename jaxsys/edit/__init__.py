@@ -15,8 +15,15 @@ from jaxsys.edit.contract import (
     check_requests,
     find_method,
 )
+from jaxsys.edit.factors import compose, into_files, undo
+from jaxsys.edit.methods import METHODS
+from jaxsys.edit.stats import Statistics
+from jaxsys.edit.targets import TargetConfig
+from jaxsys.edit.trace import Trace, choose_layers
+from jaxsys.edit.turns import edit_all, edit_each, settle
 
 __all__ = [
+    "METHODS",
     "Answering",
     "Editable",
     "Edited",
@@ -24,6 +31,16 @@ __all__ = [
     "Method",
     "Record",
     "Request",
+    "Statistics",
+    "TargetConfig",
+    "Trace",
     "check_requests",
+    "choose_layers",
+    "compose",
+    "edit_all",
+    "edit_each",
     "find_method",
+    "into_files",
+    "settle",
+    "undo",
 ]

@@ -50,8 +50,8 @@ def targets(
     """
     for request in requests:
         check_requests([request])
-    config = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+    chosen = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def project(
@@ -127,22 +127,22 @@ def edit(
     jaxsys.core.errors.UserError: AlphaEdit got no statistics of the keys of layers 0 1 2; ...
     """
     check_requests(requests)
-    config = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "AlphaEdit", config.layers)
+    chosen = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "AlphaEdit", chosen.layers)
     if found is None:
-        found = find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u = stats.derive(
-            ("null space", layer, config.threshold, config.relative),
-            lambda: null_space(stats.moment(layer), config.threshold, relative=config.relative),
+            ("null space", layer, chosen.threshold, chosen.relative),
+            lambda: null_space(stats.moment(layer), chosen.threshold, relative=chosen.relative),
         )
-        return project(u, k, r, None if state is None else state[layer], config.ridge)
+        return project(u, k, r, None if state is None else state[layer], chosen.ridge)
 
-    prefixes, batch = config.target.prefixes, config.target.batch
+    prefixes, batch = chosen.target.prefixes, chosen.target.batch
     edited = spread(
-        model, params, requests, config.layers, ":out", found, prefixes,
+        model, params, requests, chosen.layers, ":out", found, prefixes,
         lambda left: left, solve, batch,
     )  # fmt: skip
-    keys = keys_of(model, edited.params, requests, config.layers, prefixes, batch)
+    keys = keys_of(model, edited.params, requests, chosen.layers, prefixes, batch)
     return edited._replace(state=add_keys(state, keys))

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxsys.core.errors import UserError
 from jaxsys.edit.contract import Editable
+from jaxsys.edit.editable import down_name
 from jaxsys.edit.prefixes import sample_prefixes
 
 Settings = dict[str, Any]
@@ -158,7 +159,7 @@ def settle(
       samples: see `sample_prefixes`.
 
     Raises:
-      UserError: for layers that are not ascending.
+      UserError: for layers that are not ascending or that the model lacks.
 
     >>> from jaxsys.edit.rome import RomeConfig, TargetConfig
     >>> from jaxsys.models import lm
@@ -168,6 +169,8 @@ def settle(
     """
     config = fill(config, settings(model.config, method))
     layers = getattr(config, "layers", None)
+    for layer in [config.layer] if layers is None else layers:
+        down_name(model.config, layer)
     if layers is not None and (not layers or list(layers) != sorted(set(layers))):
         raise UserError(
             f"the layers are {list(layers)}; expected at least one, ascending, none twice; put "

@@ -49,8 +49,8 @@ def targets(
     """
     for request in requests:
         check_requests([request])
-    config = settle(config, "emmet", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+    chosen = settle(config, "emmet", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def edit(
@@ -93,18 +93,18 @@ def edit(
     jaxsys.core.errors.UserError: EMMET got no statistics of the keys of layers 1; make them ...
     """
     check_requests(requests)
-    config = settle(config, "emmet", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "EMMET", config.layers)
+    chosen = settle(config, "emmet", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "EMMET", chosen.layers)
     if found is None:
-        found = find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        moment = config.weight * stats.moment(layer).astype(np.float64)
-        moment[np.diag_indices_from(moment)] += config.identity
-        return ridge(moment, k, r, config.slack)
+        moment = chosen.weight * stats.moment(layer).astype(np.float64)
+        moment[np.diag_indices_from(moment)] += chosen.identity
+        return ridge(moment, k, r, chosen.slack)
 
     edited = spread(
-        model, params, requests, config.layers, ":out", found, config.target.prefixes,
-        lambda left: left, solve, config.target.batch,
+        model, params, requests, chosen.layers, ":out", found, chosen.target.prefixes,
+        lambda left: left, solve, chosen.target.batch,
     )  # fmt: skip
     return edited._replace(state=state)

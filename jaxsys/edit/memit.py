@@ -47,8 +47,8 @@ def targets(
     """
     for request in requests:
         check_requests([request])
-    config = settle(config, "memit", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+    chosen = settle(config, "memit", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def edit(
@@ -93,23 +93,23 @@ def edit(
     jaxsys.core.errors.UserError: MEMIT got no statistics of the keys of layers 0 1 2; make them ...
     """
     check_requests(requests)
-    config = settle(config, "memit", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "MEMIT", config.layers)
+    chosen = settle(config, "memit", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "MEMIT", chosen.layers)
     if found is None:
-        found = find_targets(model, params, requests, config.layers[-1], "layer", config.target)
+        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        moment = config.weight * stats.moment(layer).astype(np.float64)
-        if config.sequential and state is not None:
+        moment = chosen.weight * stats.moment(layer).astype(np.float64)
+        if chosen.sequential and state is not None:
             moment = moment + state[layer]
         return ridge(moment, k, r)
 
-    prefixes, batch = config.target.prefixes, config.target.batch
+    prefixes, batch = chosen.target.prefixes, chosen.target.batch
     edited = spread(
-        model, params, requests, config.layers, ":out", found, prefixes,
+        model, params, requests, chosen.layers, ":out", found, prefixes,
         lambda left: left, solve, batch,
     )  # fmt: skip
-    if not config.sequential:
+    if not chosen.sequential:
         return edited._replace(state=state)
-    keys = keys_of(model, edited.params, requests, config.layers, prefixes, batch)
+    keys = keys_of(model, edited.params, requests, chosen.layers, prefixes, batch)
     return edited._replace(state=add_keys(state, keys))

@@ -45,8 +45,8 @@ def targets(
     """
     for request in requests:
         check_requests([request])
-    config = settle(config, "pmet", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, config.layers[-1], "joint", config.target)
+    chosen = settle(config, "pmet", model, params, MEMIT_SAMPLES)
+    return find_targets(model, params, requests, chosen.layers[-1], "joint", chosen.target)
 
 
 def edit(
@@ -90,17 +90,17 @@ def edit(
     jaxsys.core.errors.UserError: PMET got no statistics of the keys of layers 0 1 2; make them ...
     """
     check_requests(requests)
-    config = settle(config, "pmet", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "PMET", config.layers)
+    chosen = settle(config, "pmet", model, params, MEMIT_SAMPLES)
+    stats = need(stats, "PMET", chosen.layers)
     if found is None:
-        found = find_targets(model, params, requests, config.layers[-1], "joint", config.target)
+        found = find_targets(model, params, requests, chosen.layers[-1], "joint", chosen.target)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return ridge(config.weight * stats.moment(layer).astype(np.float64), k, r)
+        return ridge(chosen.weight * stats.moment(layer).astype(np.float64), k, r)
 
-    point = f"{down_name(model.config, config.layers[-1])}:out"
+    point = f"{down_name(model.config, chosen.layers[-1])}:out"
     edited = spread(
-        model, params, requests, config.layers, point, found, config.target.prefixes,
-        np.sqrt, solve, config.target.batch,
+        model, params, requests, chosen.layers, point, found, chosen.target.prefixes,
+        np.sqrt, solve, chosen.target.batch,
     )  # fmt: skip
     return edited._replace(state=state)

@@ -61,8 +61,8 @@ def targets(
     """
     for request in requests:
         check_requests([request])
-    config = settle(config, "rome", model, params, ROME_SAMPLES)
-    return find_targets(model, params, requests, config.layer, "mlp", config.target)
+    chosen = settle(config, "rome", model, params, ROME_SAMPLES)
+    return find_targets(model, params, requests, chosen.layer, "mlp", chosen.target)
 
 
 def edit(
@@ -110,17 +110,17 @@ def edit(
     if len(requests) > 1:
         raise UserError(
             f"ROME got {len(requests)} requests; it takes one at a time; edit one after the other "
-            "(methods.edit_in_turn) or use MEMIT"
+            "(turns.edit_all) or use MEMIT"
         )
-    config = settle(config, "rome", model, params, ROME_SAMPLES)
-    layer, path = config.layer, matrix_path(model.config, config.layer)
-    moment = need(stats, "ROME", (layer,)).moment(layer) if config.statistics else None
+    chosen = settle(config, "rome", model, params, ROME_SAMPLES)
+    layer, path = chosen.layer, matrix_path(model.config, chosen.layer)
+    moment = need(stats, "ROME", (layer,)).moment(layer) if chosen.statistics else None
     if found is None:
-        found = find_targets(model, params, requests, layer, "mlp", config.target)
-    reader = KeyReader(model, params, requests, config.target.prefixes)
+        found = find_targets(model, params, requests, layer, "mlp", chosen.target)
+    reader = KeyReader(model, params, requests, chosen.target.prefixes)
     keys, outputs = (x[0] for x in reader.read(params, layer))
     direction = keys.mean(axis=0)
-    key, output = (direction, outputs.mean(axis=0)) if config.consistent else (keys[0], outputs[0])
+    key, output = (direction, outputs.mean(axis=0)) if chosen.consistent else (keys[0], outputs[0])
     a, b = rank_one(moment, direction, key, found.value[0] - output)
     check_finite(path, a, b)
     notes = {"loss": found.loss, "nll": found.nll, "steps": found.steps}

@@ -145,10 +145,10 @@ def ridge(
     """
     k64 = np.asarray(k, np.float64)
     if k64.shape[1] >= k64.shape[0]:
-        dense = np.eye(k64.shape[0]) * m if np.ndim(m) == 0 else np.asarray(m, np.float64)
-        b = solve(weight * dense, k64, k64)
+        dense = np.eye(k64.shape[0]) * m if isinstance(m, float | int) else m
+        b = solve(weight * np.asarray(dense, np.float64), k64, k64)
     else:
-        y = k64 / m if np.ndim(m) == 0 else solve(m, k64)
+        y = k64 / m if isinstance(m, float | int) else solve(m, k64)
         inner = k64.T @ y
         if not weight:
             _check_apart(inner)

@@ -313,6 +313,7 @@ def _descend(params, x, stores, start, v0, problem, numbers, most, *, config, la
             factor = jnp.where(likeliest, EASE, 1.0)
             stopped |= likeliest & (kl <= CALM)
         stopped = s.done | stopped | (s.step == most - 1)
+        updates: Any
         updates, adam_state = adam.update(grad, s.adam)
         moved = tuple(
             _project(d - numbers["lr"] * u, numbers["clamp"] * _norm(v))

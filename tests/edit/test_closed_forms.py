@@ -58,30 +58,34 @@ def oracle(model, params, request, layer, config):
     point = point_of(model, layer)
     v0 = looked_at(model, params, request, point)
 
-    def run(ids, lookup, delta):
-        change = lm.Intervention(point, jnp.int32(lookup), delta)
-        logits = lm.apply(params, model.config, jnp.asarray([ids]), interventions=(change,)).logits
-        return jax.nn.log_softmax(logits[0])
+    longest = max(len(own), *(len(e.ids) for e in rows))
+    ids = np.zeros((len(rows) + 1, longest), np.int32)
+    for i, row in enumerate([*(e.ids for e in rows), own]):
+        ids[i, : len(row)] = row
+    lookups = jnp.asarray([*(e.lookup for e in rows), at])
 
-    reference = run(own, at, jnp.zeros_like(v0))[at]
+    def run(delta):
+        change = lm.Intervention(point, lookups, delta)
+        return jax.nn.log_softmax(
+            lm.apply(params, model.config, ids, interventions=(change,)).logits
+        )
 
+    @jax.jit
     @jax.value_and_grad
     def loss(delta):
+        log_p = run(delta)
+        reference = jax.lax.stop_gradient(run(0 * delta))[-1, at]
         nll = 0.0
-        for e in rows:
-            log_p = run(e.ids, e.lookup, delta)
-            nll -= sum(log_p[i - 1, e.ids[i]] for i in range(e.split, len(e.ids))) / (
-                len(e.ids) - e.split
-            )
-        now = run(own, at, delta)[at]
-        kl = jnp.sum(jnp.exp(now) * (now - reference))
+        for n, e in enumerate(rows):
+            chosen = [log_p[n, i - 1, e.ids[i]] for i in range(e.split, len(e.ids))]
+            nll -= sum(chosen) / len(chosen)
+        kl = jnp.sum(jnp.exp(log_p[-1, at]) * (log_p[-1, at] - reference))
         decay = jnp.sqrt(jnp.sum(delta**2) + 1e-30) / np.linalg.norm(v0) ** 2
         return nll / len(rows) + config.kl * kl + config.weight_decay * decay
 
     adam = optax.adam(config.lr)
     delta = jnp.zeros_like(v0)
     state = adam.init(delta)
-    loss = jax.jit(loss)
     for _ in range(config.steps - 1):
         updates, state = adam.update(loss(delta)[1], state)
         delta = delta + updates
@@ -140,16 +144,14 @@ def test_r_rome_moves_the_mean_over_prefixes(llama, facts, moments):
     np.testing.assert_allclose(np.mean(said, axis=0), found.value[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("bare", [True, False])
-def test_memit_with_next_to_no_weight_reaches_its_values(llama, facts, moments, memit_found, bare):
+def test_memit_with_next_to_no_weight_reaches_its_values(llama, facts, moments, memit_found):
     model, params = llama
-    prefixes = () if bare else PREFIXES
-    config = memit.MemitConfig((0, 1), 1e-6, target=replace(TARGET, prefixes=prefixes))
+    config = memit.MemitConfig((0, 1), 1e-6, target=replace(TARGET, prefixes=()))
     edited = memit.edit(model, config, params, facts, moments, found=memit_found)
     said = [looked_at(model, edited.params, r, point_of(model, 1, "layer")) for r in facts]
     error = np.linalg.norm(said - memit_found.value, axis=1)
     first = np.linalg.norm(memit_found.value - memit_found.initial, axis=1)
-    assert (error < (2e-3 if bare else 0.9) * first).all()
+    assert (error < 2e-3 * first).all()
     heavy = memit.edit(
         model, replace(config, weight=1e6), params, facts, moments, found=memit_found
     )
@@ -160,22 +162,19 @@ def test_memit_with_next_to_no_weight_reaches_its_values(llama, facts, moments, 
 def test_sequential_edits_keep_earlier_keys(llama, facts, moments, memit_found):
     model, params = llama
     part = [jax.tree.map(lambda x, i=i: x[i : i + 1], memit_found) for i in range(2)]
-    config = memit.MemitConfig((0, 1), 1e-3, sequential=True, target=TARGET)
+    target = replace(TARGET, prefixes=())
+    config = memit.MemitConfig((1,), 1e-3, sequential=True, target=target)
     one = memit.edit(model, config, params, facts[:1], moments, found=part[0])
     two = memit.edit(model, config, one.params, facts[1:2], moments, one.state, found=part[1])
     alone = memit.edit(model, config, one.params, facts[1:2], moments, found=part[1])
-    for layer in (0, 1):
-        np.testing.assert_allclose(
-            two.state[layer] - one.state[layer], two.state[layer].T - one.state[layer].T
-        )
-        assert np.linalg.matrix_rank(one.state[layer]) == 1
-        assert np.linalg.matrix_rank(two.state[layer], tol=1e-6) == 2
+    assert np.linalg.matrix_rank(one.state[1]) == 1
+    assert np.linalg.matrix_rank(two.state[1], tol=1e-6) == 2
     first = point_of(model, 1, "layer")
     before = looked_at(model, one.params, facts[0], first)
     kept, lost = (
         np.linalg.norm(looked_at(model, e.params, facts[0], first) - before) for e in (two, alone)
     )
-    assert kept < lost
+    assert kept < 0.1 * lost
     everything = factors.apply(model, params, factors.compose([one.info, two.info]))
     path = matrix_path(model.config, 1)
     np.testing.assert_allclose(
@@ -293,7 +292,7 @@ def test_bad_requests_are_refused_before_work(llama, facts, moments):
         "layers 0 to 2",
         facts,
         config=replace(config, layers=(7,)),
-        moments=stats.Statistics({7: 0}, 1),
+        moments=stats.Statistics({}, 1),
     )
     refused("one at a time", facts, rome, rome.RomeConfig(1, target=TARGET))
     refused("room for 96", [one._replace(target="x" * 99)])
