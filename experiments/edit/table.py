@@ -33,7 +33,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from facts import RESULTS, read_statistics, small_records, small_statistics, testable
+from facts import (
+    RESULTS,
+    data_file,
+    read_statistics,
+    small_records,
+    small_statistics,
+    testable,
+)
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
@@ -49,6 +56,7 @@ from jaxsys.edit.files import open_for_editing
 from jaxsys.edit.methods import METHODS
 from jaxsys.edit.prefixes import MEMIT_SAMPLES, sample_prefixes
 from jaxsys.edit.protocol import single_edits
+from jaxsys.edit.records import load_records
 from jaxsys.edit.summary import summarise
 from jaxsys.edit.turns import settle
 from jaxsys.evaluate.protocol import from_lm
@@ -64,6 +72,9 @@ TRUE = ("efficacy", "paraphrase", "neighbourhood")
 def configured(name: str, editors: Path | None) -> Any:
     """Make a method's configuration, or say why it cannot run."""
     method = METHODS[name]
+    if name == "ike":  # demonstrations from facts that the table does not hold
+        others = load_records(data_file("edit/counterfact.json"), limit=5016).records[5000:]
+        return method.config(demonstrations=others)
     if not method.trained:
         return method.config()
     if editors is None or not (editors / name).exists():

@@ -22,7 +22,7 @@ GROUPS = {
     "nas": "zero-cost architecture search: score, fit, search",
     "merge": "merge models: run, route, conflicts, extract, upcycle, tune",
     "prune": "pruning after training: run, compare, search",
-    "edit": "change facts in a model: apply, evaluate, curve, stats",
+    "edit": "change facts in a model: apply, evaluate, curve, trace, stats",
     "moe": "mixtures of experts, planned and pipelined: plan, profile, train",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",

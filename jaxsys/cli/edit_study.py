@@ -47,23 +47,31 @@ class CurveCommand(Facts, Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceCommand(Common):
-    """Find where a fact lies: which states bring a corrupted subject's answer back.
+class TraceCommand(Facts, Common):
+    """Find where facts lie: which states bring a corrupted subject's answer back.
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
       json: Print one JSON object on standard output, and progress on standard error.
-      out: Folder for trace.json and the heat map.
+      out: Folder for trace.json and the heat map (of one fact) or the curves (of many).
       seed: Seed of the noise.
-      prompt: The text before the answer, with the subject in it.
-      subject: What the fact is about.
-      target: The answer whose probability is followed; the model's own first one by default.
+      prompt: The text before the answer, with the subject in it, for one fact.
+      subject: What that fact is about.
+      answer: The answer whose probability is followed; what the model itself says by default.
+      samples: Draws of noise.
+      noise: Its size in standard deviations of the subjects' embeddings.
+      window: Blocks restored together for feed-forward parts and attention.
+      count: Layers to choose at most.
     """
 
     model: ModelName
-    prompt: str
-    subject: str
-    target: str | None = None
+    prompt: str | None = None
+    subject: str | None = None
+    answer: str | None = None
+    samples: int = 10
+    noise: float = 3.0
+    window: int = 10
+    count: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,54 @@ def run_curve(config: CurveCommand) -> dict[str, Any]:
     return {"model": config.model, "cells": cells}
 
 
+def run_trace(config: TraceCommand) -> dict[str, Any]:
+    """Print the layers that matter, and draw them."""
+    from jaxsys.core.report import atomic_write, save_figure, to_json
+    from jaxsys.edit.contract import Request, check_requests
+    from jaxsys.edit.files import open_for_editing
+    from jaxsys.edit.trace import choose_layers, subject_sigma, trace
+    from jaxsys.edit.trace_figure import heat_map, mean_effects
+    from jaxsys.evaluate.run import progress_bar
+
+    one = config.prompt is not None and config.subject is not None
+    if one == (config.records is not None):
+        raise UserError(
+            "expected either --prompt and --subject of one fact, or --records FILE; give one"
+        )
+    if one:
+        assert config.prompt is not None
+        assert config.subject is not None
+        prompt = config.prompt.replace("{}", config.subject)
+        requests = [Request(prompt, config.subject, config.answer or "-")]
+        check_requests(requests)
+    else:
+        requests = [record.request for record in read_requests(config)]
+    editable, params = open_for_editing(config.model)
+    sigma = subject_sigma(editable, params, requests)
+    found = []
+    with progress_bar("trace") as bar:
+        for request in requests:
+            follow = config.answer if one else request.truth
+            how = {"samples": config.samples, "noise": config.noise, "window": config.window}
+            found.append(
+                trace(
+                    editable, params, request, follow=follow, sigma=sigma, seed=config.seed, **how
+                )
+            )
+            bar(len(found), len(requests))
+    layers = choose_layers(found, config.count)
+    result = {"layers": layers, "traces": [t._asdict() for t in found]}
+    if config.out is not None:
+        atomic_write(config.out / "trace.json", to_json(result) + "\n")
+        save_figure(heat_map(found[0]) if one else mean_effects(found), config.out / "trace.png")
+    if not config.json:
+        if one:
+            told = found[0]
+            print(f"{told.answer.strip()!r}: {told.clean:.3f}, with noise {told.corrupted:.3f}")
+        print(f"ROME: layer {layers[-1]}; MEMIT: layers {' '.join(map(str, layers))}")
+    return result
+
+
 def run_stats(config: StatsCommand) -> dict[str, Any] | None:
     """Write the second moments."""
     from jaxsys.cluster.join import join
@@ -183,5 +239,6 @@ def run_stats(config: StatsCommand) -> dict[str, Any] | None:
 
 COMMANDS = {
     "curve": (CurveCommand, run_curve),
+    "trace": (TraceCommand, run_trace),
     "stats": (StatsCommand, run_stats),
 }

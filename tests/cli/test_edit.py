@@ -139,6 +139,19 @@ def test_statistics_are_made_and_read(tmp_path, capsys):
     assert found.tokens == 288
 
 
+def test_trace_chooses_layers(facts, tmp_path, capsys):
+    how = ["--samples", "2", "--json", "--out"]
+    one = ["--prompt", FACT[0], "--subject", FACT[1]]
+    for given, out in ((one, tmp_path / "one"), (["--records", str(facts)], tmp_path / "many")):
+        assert main(["edit", "trace", "tiny", *given, *how, str(out)]) == 0
+        found = told(capsys)
+        assert 0 <= found["layers"][-1] < 4
+        assert {f.name for f in out.iterdir()} == {"trace.json", "trace.png"}
+    assert len(found["traces"]) == 2
+    assert main(["edit", "trace", "tiny"]) == 2
+    assert "expected either --prompt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
