@@ -127,7 +127,7 @@ def best_in_groups(
         grouped = scores.reshape(scores.shape[0], groups, -1)
         best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
         _, chosen = jax.lax.top_k(best, kept)
-        open_ = jnp.any(chosen[:, :, None] == jnp.arange(groups), axis=1)
+        open_ = jnp.any(chosen[:, :, None] == jnp.arange(groups)[None, None], axis=1)
         scores = jnp.where(open_[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
     return jax.lax.top_k(scores, k)[1]
 

@@ -4,6 +4,8 @@ Each is made of sums over all tokens, taken over the named axes before anything 
 mean of ranks' own losses would be another number, and would depend on the layout.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -88,7 +90,8 @@ def importance_load(chosen: TokenChoice, axes: tuple[str, ...] = ()) -> Float[Ar
     ranked = chosen.logits if chosen.ranked is None else chosen.ranked
     kth = jnp.take_along_axis(ranked, chosen.experts[:, -1:], axis=-1)
     spread = 1 / chosen.logits.shape[-1] if chosen.noise is None else chosen.noise
-    smooth = jax.scipy.stats.norm.cdf((chosen.logits - kth) / spread)
+    # Φ by its own primitive: jax.scipy's polynomials cannot be traced inside shard_map.
+    smooth = 0.5 + 0.5 * jax.lax.erf((chosen.logits - kth) / spread / math.sqrt(2))
 
     def variation(per_expert: Array) -> Array:
         return jnp.var(per_expert) / (jnp.mean(per_expert) ** 2 + 1e-10)
