@@ -59,10 +59,12 @@ class ProfileConfig(Common):
       width: Model width of the expert products.
       repeats: Timed runs of each size.
       min_r2: The gate: least r² of a fit.
+      devices: Virtual devices of each process, on a CPU.
     """
 
     spreads: ClassVar[bool] = True
 
+    devices: int = 1
     expert: int | None = None
     tensor: int = 1
     elements: tuple[int, ...] = ()
@@ -164,7 +166,7 @@ def run_profile(config: ProfileConfig) -> dict[str, Any]:
     from jaxsys.cluster import join
     from jaxsys.core.report import atomic_write, print_table
 
-    member = join()
+    member = join(local_devices=config.devices)
     import jax
 
     from jaxsys.moe.contract import Axes

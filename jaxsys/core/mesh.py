@@ -133,7 +133,8 @@ def separate_collectives(mesh: Mesh) -> dict[str, Any] | None:
     """Give the options of `jax.jit` that keep XLA from merging collectives on a mesh's devices.
 
     On CPU the combiner is a pass to switch off; on GPU it has a threshold, and the latency-hiding
-    scheduler moves what is left behind compute.
+    scheduler moves what is left behind compute. On TPU all-to-alls, in line with compute by
+    default, become asynchronous.
 
     >>> isinstance(separate_collectives(replica_mesh(jax.devices()[:1])), dict | None)
     True
@@ -147,6 +148,7 @@ _SEPARATE: dict[str, dict[str, Any]] = {
         "xla_gpu_all_reduce_combine_threshold_bytes": 1,
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
 }
 
 

@@ -19,10 +19,14 @@ from jaxsys.moe.contract import (
     Slots,
     TokenChoice,
 )
+from jaxsys.moe.costs import Costs
+from jaxsys.moe.planner import plan, rivals
+from jaxsys.moe.volumes import Shape, Volumes, layer_volumes
 
 __all__ = [
     "Axes",
     "Capacity",
+    "Costs",
     "Dims",
     "ExpertChoice",
     "Experts",
@@ -36,6 +40,11 @@ __all__ = [
     "MoESpec",
     "Order",
     "Routed",
+    "Shape",
     "Slots",
     "TokenChoice",
+    "Volumes",
+    "layer_volumes",
+    "plan",
+    "rivals",
 ]

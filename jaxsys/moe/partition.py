@@ -142,8 +142,8 @@ def best_partition(problem: Backward, *, width: int = 64) -> Partition:
     Labels (pending p, seconds c) run through the layers; each layer extends each label by every
     degree, ``p ← max(0, p + ready − room)``. A label falls to one with no more pending and no more
     seconds, and to one with more pending if c + β·p is smaller there, since surplus gradient costs
-    at most β at the end. What survives contains the optimum; where more than ``width`` survive, the
-    most expensive are cut off and ``exact`` is False.
+    at most β at the end. What survives contains the optimum; where more than ``width`` survive,
+    those with most pending are cut off and ``exact`` is False.
 
     Jittable, and vmappable over many problems.
 
@@ -168,7 +168,7 @@ def best_partition(problem: Backward, *, width: int = 64) -> Partition:
     choices = least_s.shape[1]
     caps = room(least_s - busy_s, alpha_s, beta_s)
     dense_caps = room(dense_s, alpha_s, beta_s)
-    infinite = jnp.asarray(jnp.inf, least_s.dtype)
+    infinite, places = jnp.asarray(jnp.inf, least_s.dtype), jnp.arange(1, width + 1)
     tiny = 1e-12 * jnp.sum(jnp.max(least_s, axis=1))
 
     def layer(carry, given):
@@ -177,15 +177,16 @@ def best_partition(problem: Backward, *, width: int = 64) -> Partition:
         behind = jnp.maximum(pending[:, None] + ready - cap[None, :], 0.0)
         behind = jnp.maximum(behind - dense_cap, 0.0).ravel()
         cost = (spent[:, None] + least[None, :]).ravel()
-        order = jnp.lexsort((cost, behind))
+        order = jnp.argsort(behind)
         behind, cost = behind[order], cost[order]
         all_in = cost + beta_s * behind
         first = jnp.concatenate([infinite[None], lax.cummin(cost)[:-1]])
         later = jnp.concatenate([lax.cummin(all_in, reverse=True)[1:], infinite[None]])
         alive = (cost < first - tiny) & (all_in <= later + tiny) & jnp.isfinite(cost)
-        kept = jnp.argsort(jnp.where(alive, all_in, infinite))[:width]
-        alive_kept = alive[kept]
-        exact = exact & (jnp.sum(alive) <= width)
+        count = jnp.cumsum(alive)  # the k-th survivor stands where the count reaches k
+        kept = jnp.minimum(jnp.searchsorted(count, places), len(count) - 1)
+        alive_kept = places <= count[-1]
+        exact = exact & (count[-1] <= width)
         cost = jnp.where(alive_kept, cost[kept], infinite)
         return (jnp.where(alive_kept, behind[kept], 0.0), cost, exact), order[kept]
 

@@ -60,7 +60,7 @@ class Stack(NamedTuple):
     """Describe what a step computes besides communication schedules, layers in forward order.
 
     Attributes:
-        volumes: of the MoE layers, fields [L].
+        volumes: of the MoE layers, fields [L], or [1] where all are equal.
         dense_forward_s: seconds of the dense part before each MoE layer, [L].
         dense_backward_s: the same, backward, [L]; the link between nodes is free meanwhile.
         gradients: elements of each dense part's gradient, [L].
@@ -175,6 +175,10 @@ def _schedule(
         )
         for b in (False, True)
     )
+    rows = jnp.arange(len(stack.gradients))
+    forward, backward = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (len(rows), *x.shape[1:])), (forward, backward)
+    )
     together = jnp.argmin(forward.least_s + backward.least_s, axis=1)
     front = jnp.argmin(forward.least_s, axis=1) if system.separate else together
     turned = jnp.asarray(stack.gradients, jnp.result_type(float))[::-1]
@@ -187,7 +191,7 @@ def _schedule(
         jnp.asarray(costs.all_reduce.beta_s_per_unit, jnp.result_type(float)),
     )
     placed = _place(system, problem, together[::-1], width)
-    rows, back = jnp.arange(len(turned)), jnp.asarray(placed.choice)[::-1]
+    back = jnp.asarray(placed.choice)[::-1]
     moe = jnp.asarray(placed.moe)[::-1]
     sent_s = slice_s(system, costs, moe)
     forward_s = forward.least_s[rows, front]
