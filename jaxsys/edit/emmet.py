@@ -101,7 +101,8 @@ def edit(
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moment = chosen.weight * stats.moment(layer).astype(np.float64)
         moment[np.diag_indices_from(moment)] += chosen.identity
-        return ridge(moment, k, r, chosen.slack)
+        factor = None if chosen.identity else stats.factor(layer)
+        return ridge(moment, k, r, chosen.slack, factor)
 
     edited = spread(
         model, params, requests, chosen.layers, ":out", found, chosen.target.prefixes,

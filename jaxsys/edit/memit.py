@@ -101,8 +101,8 @@ def edit(
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moment = chosen.weight * stats.moment(layer).astype(np.float64)
         if chosen.sequential and state is not None:
-            moment = moment + state[layer]
-        return ridge(moment, k, r)
+            return ridge(moment + state[layer], k, r)
+        return ridge(moment, k, r, factor=stats.factor(layer))
 
     prefixes, batch = chosen.target.prefixes, chosen.target.batch
     edited = spread(

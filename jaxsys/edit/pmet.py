@@ -96,7 +96,8 @@ def edit(
         found = find_targets(model, params, requests, chosen.layers[-1], "joint", chosen.target)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return ridge(chosen.weight * stats.moment(layer).astype(np.float64), k, r)
+        moment = chosen.weight * stats.moment(layer).astype(np.float64)
+        return ridge(moment, k, r, factor=stats.factor(layer))
 
     point = f"{down_name(model.config, chosen.layers[-1])}:out"
     edited = spread(

@@ -114,14 +114,17 @@ def edit(
         )
     chosen = settle(config, "rome", model, params, ROME_SAMPLES)
     layer, path = chosen.layer, matrix_path(model.config, chosen.layer)
-    moment = need(stats, "ROME", (layer,)).moment(layer) if chosen.statistics else None
+    moment = factor = None
+    if chosen.statistics:
+        stats = need(stats, "ROME", (layer,))
+        moment, factor = stats.moment(layer), stats.factor(layer)
     if found is None:
         found = find_targets(model, params, requests, layer, "mlp", chosen.target)
     reader = KeyReader(model, params, requests, chosen.target.prefixes)
     keys, outputs = (x[0] for x in reader.read(params, layer))
     direction = keys.mean(axis=0)
     key, output = (direction, outputs.mean(axis=0)) if chosen.consistent else (keys[0], outputs[0])
-    a, b = rank_one(moment, direction, key, found.value[0] - output)
+    a, b = rank_one(moment, direction, key, found.value[0] - output, factor)
     check_finite(path, a, b)
     notes = {"loss": found.loss, "nll": found.nll, "steps": found.steps}
     edited = add_delta(model.config, params, path, a, b)

@@ -25,6 +25,7 @@ def solve(
     b: Float[Matrix, "F N"],
     k: Float[Matrix, "F M"] | None = None,
     *,
+    factor: Any = None,
     what: str = "the second moment of the keys",
 ) -> Float[np.ndarray, "F N"]:
     """Solve (A + K Kᵀ) X = B for symmetric positive definite A + K Kᵀ.
@@ -33,6 +34,7 @@ def solve(
       a: A.
       b: B.
       k: K; its square is not formed in float64.
+      factor: of A, or of any multiple of it, from `factorise`, where K is None.
       what: names the matrix in the message.
 
     Returns:
@@ -46,7 +48,8 @@ def solve(
     """
     with jax.enable_x64(True):
         k = np.zeros((np.shape(a)[0], 0)) if k is None else k
-        x, error = _solve(*(jnp.asarray(np.asarray(v, np.float64)) for v in (a, b, k)))
+        a, b, k = (jnp.asarray(np.asarray(v, np.float64)) for v in (a, b, k))
+        x, error = _solve(a, b, k, _factor(a, k) if factor is None else factor)
         x, error = np.asarray(x), float(error)
     if not error <= LEAST_ACCURATE:
         raise UserError(
@@ -56,9 +59,32 @@ def solve(
     return x
 
 
-def _factor(m: jax.Array) -> jax.Array:
-    """Factor a matrix of unit diagonal in float32, lifting the diagonal until that succeeds."""
-    m, eye = m.astype(jnp.float32), jnp.eye(m.shape[0], dtype=jnp.float32)
+def factorise(a: Float[Matrix, "F F"]) -> Any:
+    """Factor a matrix once, for several calls of `solve`.
+
+    >>> solve(np.eye(2), np.ones((2, 1)), factor=factorise(3 * np.eye(2))).tolist()
+    [[1.0], [1.0]]
+    """
+    with jax.enable_x64(True):
+        a = jnp.asarray(np.asarray(a, np.float64))
+        return _factor(a, jnp.zeros((a.shape[0], 0)))
+
+
+def _scale(a: jax.Array, k: jax.Array) -> jax.Array:
+    """Give what makes the diagonal of A + K Kᵀ one, [F, 1]."""
+    diagonal = jnp.diagonal(a) + jnp.sum(k * k, axis=1)
+    safe = jnp.where(diagonal > 0, diagonal, 1.0)
+    return (1.0 / jnp.sqrt(safe))[:, None]
+
+
+@jax.jit
+def _factor(a: jax.Array, k: jax.Array) -> jax.Array:
+    """Factor the scaled matrix in float32, lifting its diagonal until that succeeds."""
+    d = _scale(a, k)
+    k32 = (k * d).astype(jnp.float32)
+    square = jnp.dot(k32, k32.T, precision=jax.lax.Precision.HIGHEST)
+    m = (a * d * d[:, 0][None]).astype(jnp.float32) + square
+    eye = jnp.eye(m.shape[0], dtype=jnp.float32)
 
     def attempt(lift: jax.Array) -> jax.Array:
         return jnp.linalg.cholesky(m + lift * eye)
@@ -75,13 +101,11 @@ def _factor(m: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _solve(a: jax.Array, b: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    diagonal = jnp.diagonal(a) + jnp.sum(k * k, axis=1)
-    d = jnp.where(diagonal > 0, 1.0 / jnp.sqrt(jnp.abs(diagonal) + (diagonal <= 0)), 1.0)[:, None]
+def _solve(
+    a: jax.Array, b: jax.Array, k: jax.Array, factor: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    d = _scale(a, k)
     a, b, k = a * d * d[:, 0][None], b * d, k * d
-    k32 = k.astype(jnp.float32)
-    m = a.astype(jnp.float32) + jnp.dot(k32, k32.T, precision=jax.lax.Precision.HIGHEST)
-    factor = _factor(m)
     size = jnp.maximum(jnp.sqrt(jnp.sum(b * b, axis=0)), 1e-300)
 
     def product(x: jax.Array) -> jax.Array:
@@ -121,6 +145,7 @@ def ridge(
     k: Float[Matrix, "F N"],
     r: Float[Matrix, "O N"],
     weight: float | int = 1.0,
+    factor: Any = None,
 ) -> tuple[Float[np.ndarray, "O N"], Float[np.ndarray, "F N"]]:
     """Give factors of ΔW = R Kᵀ (w M + K Kᵀ)⁻¹, the least change that maps K to R.
 
@@ -132,6 +157,7 @@ def ridge(
       k: keys, one column for each request.
       r: residuals, one column for each request.
       weight: w.
+      factor: of M or a multiple of it, from `factorise`.
 
     Returns:
       (A, B) with ΔW = A Bᵀ: A = R, B = (w M + K Kᵀ)⁻¹ K; float32.
@@ -148,7 +174,7 @@ def ridge(
         dense = np.eye(k64.shape[0]) * m if isinstance(m, float | int) else m
         b = solve(weight * np.asarray(dense, np.float64), k64, k64)
     else:
-        y = k64 / m if isinstance(m, float | int) else solve(m, k64)
+        y = k64 / m if isinstance(m, float | int) else solve(m, k64, factor=factor)
         inner = k64.T @ y
         if not weight:
             _check_apart(inner)
@@ -173,6 +199,7 @@ def rank_one(
     direction: Float[Matrix, "F"],
     key: Float[Matrix, "F"],
     residual: Float[Matrix, "O"],
+    factor: Any = None,
 ) -> tuple[Float[np.ndarray, "O 1"], Float[np.ndarray, "F 1"]]:
     """Give factors of ROME's update, ΔW = r uᵀ / (kᵀ u) with u = C⁻¹ k* / ‖C⁻¹ k*‖.
 
@@ -181,6 +208,7 @@ def rank_one(
       direction: k*.
       key: k, which is mapped to its value plus r exactly.
       residual: r = v* - W k.
+      factor: of C, from `factorise`.
 
     Returns:
       (A, B) with ΔW = A Bᵀ, float32.
@@ -193,7 +221,7 @@ def rank_one(
     [1.0, 1.0]
     """
     k_star = np.asarray(direction, np.float64)
-    u = k_star if moment is None else solve(moment, k_star[:, None])[:, 0]
+    u = k_star if moment is None else solve(moment, k_star[:, None], factor=factor)[:, 0]
     u = u / np.linalg.norm(u)
     part = float(np.asarray(key, np.float64) @ u)
     if not abs(part) > 1e-12 * np.linalg.norm(np.asarray(key, np.float64)):

@@ -46,10 +46,11 @@ def spread(
     Returns:
       `Edited`; its state is layer to K [F, N], taken again when all layers were edited.
 
+    >>> import jax.numpy as jnp
     >>> from jaxsys.data import ByteTokenizer
     >>> from jaxsys.models import lm
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = {"model": {"embed_tokens": {"weight": np.ones((256, 32), np.float32)}}}
+    >>> params = {"model": {"embed_tokens": {"weight": jnp.ones((256, 32))}}}
     >>> found = Targets(*[np.zeros((1, 32))] * 2, *[np.zeros(1)] * 3)
     >>> one = [Request("In Rome is", "Rome", "x")]
     >>> spread(model, params, one, (), ":out", found, (), lambda n: n, min, 1).info.factors
@@ -85,10 +86,11 @@ def keys_of(
 ) -> dict[int, np.ndarray]:
     """Take the keys of finished edits, [F, N] by layer.
 
+    >>> import jax.numpy as jnp
     >>> from jaxsys.data import ByteTokenizer
     >>> from jaxsys.models import lm
     >>> model = Editable(lm.LMConfig("llama", 256, 32, 1, 4, 2, 8, 48, 64), ByteTokenizer())
-    >>> params = {"model": {"embed_tokens": {"weight": np.ones((256, 32), np.float32)}}}
+    >>> params = {"model": {"embed_tokens": {"weight": jnp.ones((256, 32))}}}
     >>> keys_of(model, params, [Request("In Rome is", "Rome", "x")], (), (), 1)
     {}
     """

@@ -22,6 +22,7 @@ from jaxsys.core.mesh import replica_mesh
 from jaxsys.core.tree import fingerprint
 from jaxsys.edit.contract import Editable
 from jaxsys.edit.editable import down_name
+from jaxsys.edit.solves import factorise
 from jaxsys.models import lm
 
 FLUSH = 32  # batches summed in float32 before they are added in float64
@@ -61,6 +62,10 @@ class Statistics:
                 f"jaxsys edit stats MODEL --layers {layer} --text FILE"
             )
         return np.asarray(self.moments[layer])
+
+    def factor(self, layer: int) -> Any:
+        """Give the factor of C that `solves.solve` takes, computed once."""
+        return self.derive(("factor", layer), lambda: factorise(self.moment(layer)))
 
     def derive(self, key: Any, make: Callable[[], Any]) -> Any:
         """Compute something from the moments once.

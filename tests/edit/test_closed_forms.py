@@ -94,6 +94,7 @@ def oracle(model, params, request, layer, config):
     return v0 + np.asarray(delta), float(loss(delta)[0])
 
 
+@pytest.mark.slow
 def test_target_values_equal_plain_descent_one_by_one(llama, facts):
     config = replace(TARGET, steps=3, batch=4)
     found = find_targets(*llama, facts, 1, "mlp", config)
