@@ -7,13 +7,14 @@ Writes a folder of 9 MB a layer with the model's fingerprint, a hash of the toke
 and prints for each layer the trace, the condition and how many directions AlphaEdit's threshold
 leaves free. ``--smoke`` does the same for the model ``tiny`` on its own text in seconds.
 
-Expected: mean eigenvalues of 0.01 to 0.06, so that AlphaEdit's absolute threshold of 0.02, made for
-GPT-J's larger keys, would leave four directions in five free: hence its relative form. 30,000 tokens
-are 20 for each of the 1,536 inputs; the papers' authors took some 10^8, so the smallest eigenvalues
-here are less certain than theirs.
+Expected: mean eigenvalues of 0.01 to 0.06, so that AlphaEdit's published absolute threshold of 0.02
+would leave seven to nine directions in ten free: hence its relative form. 30,000 tokens are 20 for
+each of the 1,536 inputs; the papers' authors took some 10^8, so the smallest eigenvalues here are
+less certain than theirs.
 """
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Args:
 def main(args: Args) -> None:
     """Take, save and describe the statistics."""
     if args.smoke:
-        args = Args(args.data, Path("smoke-statistics"), "tiny", (0, 1), 2_000, 64, 4)
+        args = Args(args.data, Path(tempfile.mkdtemp()), "tiny", (0, 1), 2_000, 64, 4)
         from jaxsys.data.text import python_docs
 
         text = python_docs()[:20_000]
