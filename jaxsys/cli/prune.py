@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -16,6 +16,8 @@ ModelName = Annotated[str, tyro.conf.Positional]
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(Output):
     """Prune a model and write it as a checkpoint; a run that was stopped goes on where it was.
+
+    Under `jaxsys launch` the processes share the layers of a block, with the same result as one.
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
@@ -38,6 +40,8 @@ class RunCommand(Output):
       form: dense keeps the zeros; packed writes bit masks and values; nm writes an n:m pattern.
       dtype: Of the written tensors; file keeps what was read.
     """
+
+    spreads: ClassVar[bool] = True
 
     model: ModelName
     out: Path
@@ -100,8 +104,12 @@ class CompareCommand(Common):
     seeds: int = 1
 
 
-def run_run(config: RunCommand) -> dict[str, Any]:
+def run_run(config: RunCommand) -> dict[str, Any] | None:
     """Write the checkpoint and say what was removed."""
+    from jaxsys.cluster.join import join
+
+    join(local_devices=1)
+
     from dataclasses import replace
 
     import jax.numpy as jnp
@@ -143,6 +151,8 @@ def run_run(config: RunCommand) -> dict[str, Any]:
             on_memory=tell,
             on_block=lambda i, n, found: progress(i, n),
         )
+    if done is None:
+        return None
     save_tokenizer(config.out, tokenizer)
     if not config.json:
         print(

@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.processes import spread
 from jaxsys.core.tree import unflatten
 from jaxsys.prune import masks as masking
 from jaxsys.prune.blocks import (
@@ -21,7 +23,7 @@ from jaxsys.prune.blocks import (
     load_block,
     run_block,
 )
-from jaxsys.prune.methods import Method, prune_linear
+from jaxsys.prune.methods import Method, PrunedLinear, prune_linear
 from jaxsys.prune.metrics import wanda
 from jaxsys.prune.patterns import Pattern
 from jaxsys.prune.plan import PrunedBlock, check_model, layer_units, put, turn
@@ -47,7 +49,8 @@ def sequential(
     A block's statistics are those of its inputs under its own dense weights; then it is pruned and
     its outputs are computed anew. With ratios that are not uniform every layer has a count of its
     own, and together they remove ⌊sparsity · weights⌋ exactly. One block is on the device at a
-    time; activations between blocks stay on the host.
+    time; activations between blocks stay on the host. The processes of a job share a block's
+    layers; everything else each does by itself, and all yield the same.
 
     Args:
         blocks: the model.
@@ -135,16 +138,35 @@ def _prune_block(
     pattern: Pattern,
     counts: Mapping[str, int],
 ) -> PrunedBlock:
-    found = PrunedBlock(i, {}, {}, {}, ())
-    rows = []
-    for name in blocks.linears(i):
+    def work(name: str) -> dict[str, Any]:
         begin_s = time.perf_counter()
         path = f"{blocks.prefix(i)}.{name}"
         turned = turn(params[f"{name}.weight"], blocks.in_out)
         pruned = prune_linear(turned, stats[name], method, pattern, path, counts.get(name))
+        leaves: dict[str, Any] = {"weight": pruned.weight, "mask": pruned.mask}
+        if pruned.permutation is not None:
+            leaves["permutation"] = np.asarray(pruned.permutation, np.int32)
+        return leaves | {"s": np.float32(time.perf_counter() - begin_s)}
+
+    def like(name: str) -> dict[str, Any]:
+        turned = turn(params[f"{name}.weight"], blocks.in_out)
+        leaves: dict[str, Any] = {
+            "weight": jax.ShapeDtypeStruct(turned.shape, turned.dtype),
+            "mask": jax.ShapeDtypeStruct(turned.shape, np.bool_),
+        }
+        if method.permute and pattern.nm:
+            leaves["permutation"] = jax.ShapeDtypeStruct(turned.shape[1:], np.int32)
+        return leaves | {"s": jax.ShapeDtypeStruct((), np.float32)}
+
+    found = PrunedBlock(i, {}, {}, {}, ())
+    rows = []
+    # Each layer is pruned by one process of the job.
+    for name, leaves in spread(blocks.linears(i), work, like).items():
+        path = f"{blocks.prefix(i)}.{name}"
+        mask = jnp.asarray(leaves["mask"])
+        pruned = PrunedLinear(jnp.asarray(leaves["weight"]), mask, leaves.get("permutation"))
         put(found, f"{path}.weight", pruned, blocks.in_out)
-        removed = masking.sparsity_of(pruned.mask)
-        rows.append({"layer": path, "sparsity": removed, "s": time.perf_counter() - begin_s})
+        rows.append({"layer": path, "sparsity": masking.sparsity_of(mask), "s": float(leaves["s"])})
     return found._replace(rows=tuple(rows))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Integer
 
 from jaxsys.core.checkpoint import read_header, read_safetensors, write_safetensors
 from jaxsys.core.errors import UserError
+from jaxsys.core.processes import spread
 from jaxsys.core.report import atomic_write, to_json
 from jaxsys.core.tree import unflatten
 from jaxsys.models import lm
@@ -63,11 +64,12 @@ def prune_checkpoint(
     batch: int = 1,
     on_memory: Callable[[Mapping[str, int]], None] = lambda need: None,
     on_block: Callable[[int, int, PrunedBlock | None], None] = lambda i, n, found: None,
-) -> Done:
+) -> Done | None:
     """Prune a model of `jaxsys.models.lm` from disk to disk, block after block.
 
     Every finished block is written to ``out/unfinished`` at once. A run that was stopped goes on
-    after its last block, with the same result, if it is started again with the same arguments.
+    after its last block, with the same result, if it is started again with the same arguments. The
+    processes of a job share the layers of a block, and the first of them writes.
 
     Args:
         source: what `models.lm.load` takes.
@@ -85,10 +87,11 @@ def prune_checkpoint(
         on_block: told (blocks done, blocks in all, the block, or None if an earlier run did it).
 
     Returns:
-        What was written.
+        What was written; None in all processes of a job but the first.
 
     Raises:
-        UserError: for what does not fit; for a folder with another run's unfinished blocks.
+        UserError: for what does not fit; for a folder with another run's unfinished blocks, or one
+            that the processes of a job do not share.
 
     >>> import tempfile
     >>> config = lm.LMConfig("llama", 97, 32, 2, 4, 2, 8, 48, 64)
@@ -111,18 +114,38 @@ def prune_checkpoint(
     on_memory(memory_bytes(blocks, lm.shapes(config), method, *tokens.shape, batch=batch))
     parts = out / PARTS
     _claim(parts, source, tokens, method, pattern, layers)
+    finished = _agreed(parts, blocks.count)
 
     def done(i: int) -> dict[str, Any] | None:
-        found = _read_part(parts, i)
+        found = _read_part(parts, i) if finished[i] else None
         if found is None:
             return None
         on_block(i + 1, blocks.count, None)
         return {name: jnp.asarray(leaf) for name, leaf in found.items() if ":" not in name}
 
+    first = jax.process_index() == 0
     for found in sequential(blocks, tensors, tokens, method, pattern, batch=batch, done=done):
-        _write_part(parts, found)
+        if first:
+            _write_part(parts, found)
         on_block(found.index + 1, blocks.count, found)
-    return _assemble(out, config, tensors, blocks, pattern, form, dtype, method)
+    whole = None
+    if first:
+        whole = _assemble(out, config, tensors, blocks, pattern, form, dtype, method)
+    spread(["written"], lambda part: np.zeros(1), lambda part: np.zeros(1))  # others wait for it
+    return whole
+
+
+def _agreed(parts: Path, count: int) -> list[bool]:
+    """List the blocks that earlier runs finished; all processes must see the same."""
+    seen = np.array([(_part(parts, i) / "model.safetensors").is_file() for i in range(count)])
+    names = [str(p) for p in range(jax.process_count())]
+    for name, other in spread(names, lambda part: seen, lambda part: seen).items():
+        if not np.array_equal(seen, other):
+            raise UserError(
+                f"process {name} of the job sees {int(other.sum())} finished blocks in {parts} and "
+                f"this one {int(seen.sum())}; expected one folder that all share; name such a one"
+            )
+    return seen.tolist()
 
 
 def _claim(
@@ -144,7 +167,8 @@ def _claim(
     )
     file = parts / "run.json"
     if not file.is_file():
-        atomic_write(file, to_json(mine) + "\n")
+        if jax.process_index() == 0:
+            atomic_write(file, to_json(mine) + "\n")
         return
     try:
         found = json.loads(file.read_text())
