@@ -69,10 +69,10 @@ def host_layer(
         The programs; the result is that of `pipelined` with the same degree.
 
     >>> from jaxsys.core.mesh import device_pair, replica_mesh
-    >>> from jaxsys.moe.contract import Dims
+    >>> from jaxsys.moe.contract import Dims, Gate, Order
     >>> from jaxsys.moe.dispatch import TRANSPORTS
     >>> from jaxsys.moe.experts import swiglu
-    >>> spec = MoESpec(None, None, swiglu(), *TRANSPORTS["flat"])
+    >>> spec = MoESpec(Gate(None, None, 1), Order(None, None), swiglu(), *TRANSPORTS["flat"])
     >>> first = jax.devices()[:1]
     >>> lane = Lane(device_pair()._replace(comm=first[0], comm_mesh=replica_mesh(first)))
     >>> params = spec.experts.init(jax.random.key(0), Dims(4, 8, 2))
