@@ -17,6 +17,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     save_editor(args.out, trained.editor)
     result = {
         "model": args.model,
-        "settings": settings,
+        "settings": asdict(settings),
         "facts": int(ready.has.shape[1]),
         "steps_done": log[-1]["step"] + 1 if log else args.steps,
         "prepared_s": round(prepared_s, 1),

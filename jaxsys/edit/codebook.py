@@ -91,7 +91,7 @@ def place(
         return _added(book, key, label, radius)
     distances = np.linalg.norm(book.keys[:n] - key[None], axis=1)
     nearest = int(distances.argmin())
-    far = distances[nearest]
+    far = float(distances[nearest])
     if far > radius + book.radii[nearest]:
         return _added(book, key, label, radius)
     radii = book.radii.copy()

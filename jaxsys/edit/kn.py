@@ -19,7 +19,7 @@ Reference: arXiv 2104.08696.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,8 @@ class KN:
       paraphrases: prompt of a request to other prompts for its fact, which refine the neurons;
         none by default, as released.
       rows_per_call: tokens of one program.
+      several: what to do with a target of several tokens: ``refuse`` it, or edit towards its
+        ``first``, so that a whole set of facts can be run.
 
     Raises:
       UserError: for numbers out of range.
@@ -72,6 +74,7 @@ class KN:
     scale: float = 2.0
     paraphrases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows_per_call: int = 60
+    several: Literal["refuse", "first"] = "refuse"
 
     def __post_init__(self) -> None:
         fine = 0 <= self.threshold < 1 and 0 <= self.share < 1
@@ -263,10 +266,11 @@ def edit_kn(
     del stats, state
     rows = checked(model, requests)
     for request, row in zip(requests, rows, strict=True):
-        if len(row.ids) - row.split != 1:
+        if config.several == "refuse" and len(row.ids) - row.split != 1:
             raise UserError(
                 f"the target {request.target[:60]!r} has {len(row.ids) - row.split} tokens; KN "
-                "adds one token's embedding and takes targets of 1; choose another target or method"
+                "adds one token's embedding and takes targets of 1; choose another target, or "
+                "several='first'"
             )
     if model.config.embed_width:
         raise UserError(
@@ -286,7 +290,7 @@ def edit_kn(
         ]
         chosen = knowledge_neurons(found, config.threshold, config.share)
         change = config.scale * (
-            _embedding(params, model.config, row.ids[-1])
+            _embedding(params, model.config, row.ids[row.split])
             - _embedding(params, model.config, found[0].prediction)
         )
         params = _rewrite(model, params, chosen, change, columns)

