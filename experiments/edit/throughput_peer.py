@@ -76,6 +76,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(work / "model", padding_side="right")
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     memit_main.CONTEXT_TEMPLATES_CACHE = [["{}"], [f"{p}. {{}}" for p in task["prefixes"]]]
     memit_main.get_cov = lambda model, tok, name, *_, **__: torch.from_numpy(
         moments[name.split(".")[2]]
@@ -91,7 +92,7 @@ def main() -> None:
         mlp_module_tmp="model.layers.{}.mlp",
         attn_module_tmp="model.layers.{}.self_attn",
         ln_f_module="model.norm",
-        lm_head_module="lm_head",
+        lm_head_module="model.embed_tokens" if model.config.tie_word_embeddings else "lm_head",
         mom2_dataset="",
         mom2_n_samples=0,
         mom2_dtype="float32",
