@@ -304,3 +304,38 @@ def test_a_layers_own_volumes_include_its_padding():
     assert found == Volumes(4 * 8 * 8, 2 * 4 * 8 * 8, 2 * 4 * 8 * 8, 4 * 8 * 8 * 16 * 2)
     with pytest.raises(UserError, match="tensor_ranks is 0"):
         layer_volumes(spec, Dims(8, 16, 4), rows=10, tensor_ranks=0)
+
+
+SCHEDULED = """
+HloModule jit_step, is_scheduled=true
+
+%fused (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8] parameter(0)
+  ROOT %c = bf16[8] convolution(%p, %p)
+}
+
+%inner (p.1: bf16[8]) -> bf16[8] {
+  %p.1 = bf16[8] parameter(0)
+  ROOT %a = bf16[8] all-to-all(%p.1), dimensions={0}
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8] parameter(0)
+  %plain = bf16[8] all-to-all(%x), dimensions={0}
+  %first-start = (bf16[8], bf16[8]) async-start(%x), calls=%inner
+  %gather-start = (bf16[8], bf16[16]) all-gather-start(%x), dimensions={0}
+  %copy = bf16[8] copy(%x)
+  %first-done = bf16[8] async-done(%first-start)
+  %product = bf16[8] fusion(%copy), kind=kOutput, calls=%fused
+  %gather-done = bf16[16] all-gather-done(%gather-start)
+  ROOT %y = bf16[8] copy(%product)
+}
+"""
+
+
+def test_reading_a_compiled_schedule(load_experiment):
+    """Of two all-to-alls one is asynchronous with nothing behind it; the gather hides a product."""
+    seen = load_experiment("moe/tpu_schedule.py").read(SCHEDULED)
+    assert seen["all-to-all"] == (2, 1, 0)
+    assert seen["all-gather"] == (1, 1, 1)
+    assert seen["reduce-scatter"] == (0, 0, 0)
