@@ -13,8 +13,8 @@ two arrive at is compared. About 6 minutes on two idle cores.
 Ours is timed after compilation (which is said beside it): every batch size a second time. The
 released code looks for values one request at a time, so that its seconds per edit do not depend on
 the batch; it is timed at 1 and 10 edits, not at 100, and its 10 are what stands beside our 100.
-`--steps` is that of the search for values: as the method's settings have it, or 5 for a shorter run,
-which favours the released code (it spends nearly all its time in steps, ours does not).
+`--steps` is that of the search for values: as the method's settings have it, or 5 for a shorter
+run, which favours the released code (it spends nearly all its time in steps, ours does not).
 
 Target: at a batch of 100 ten times the edits per second of the released code.
 """
