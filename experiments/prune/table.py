@@ -73,20 +73,24 @@ def texts(model: str) -> tuple[str, str]:
 
 
 def searched(model: str) -> tuple[str, ...]:
-    """Give the expression of our own searches at 50 % with the least held-out loss, if any.
+    """Give the expressions of our own searches at 50 % with the least held-out loss, if any.
 
-    That loss is of text which the search did not minimise and which is not the test text here.
+    One for each length of the text that was minimised. The held-out loss is of text which the
+    search did not minimise and which is not the test text here.
     """
-    file = RESULTS / f"search_{model}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    best = [
-        row
-        for key, record in kept.items()
-        if key.startswith("0.5 evolution")
-        for row in record["rows"]
-        if row["metric"] == "found 1"
-    ]
-    return (min(best, key=lambda row: row["held-out loss"])["expression"],) if best else ()
+    found = []
+    for file in (RESULTS / f"search_{model}.json", RESULTS / f"search_{model}-long.json"):
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        best = [
+            row
+            for key, record in kept.items()
+            if key.startswith("0.5 evolution")
+            for row in record["rows"]
+            if row["metric"] == "found 1"
+        ]
+        if best:
+            found.append(min(best, key=lambda row: row["held-out loss"])["expression"])
+    return tuple(found)
 
 
 def page(model: str, rows: list[dict[str, Any]]) -> None:
