@@ -5,6 +5,7 @@ device and all-to-alls on the lane (`jaxsys.core.lane`), in the order of the rec
 dispatches, then each combine as soon as its experts are done. On accelerators use `pipelined`.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,3 +127,61 @@ def _cut(buffer: Array, degree: int) -> list[Array]:
 @jax.jit
 def _join(chunks: list[Array]) -> Array:
     return jnp.concatenate(chunks, axis=1)
+
+
+class Pace(NamedTuple):
+    """Seconds of one chunk's all-to-all and experts, alone and while the other is at work.
+
+    Attributes:
+        a: an all-to-all while no expert runs.
+        e: experts while no all-to-all is under way.
+        busy_a: an all-to-all while experts run.
+        busy_e: experts while an all-to-all is under way.
+
+    >>> Pace(1.0, 2.0, 1.5, 2.5).busy_a
+    1.5
+    """
+
+    a: float
+    e: float
+    busy_a: float
+    busy_e: float
+
+
+def shared_makespan_s(pace: Pace, degree: int) -> float:
+    """Predict the seconds of `host_layer` where compute and communication share processor cores.
+
+    The recurrence with g = s = y = 0, but each stream goes at its busy pace whenever the other is
+    at work. Equal paces give `recurrence.makespan_s`.
+
+    Reconstruction: ours; the paper's machines overlap for free.
+
+    Args:
+        pace: of one of r chunks.
+        degree: r.
+
+    Returns:
+        Seconds from the first dispatch to the last combine.
+
+    >>> shared_makespan_s(Pace(1.0, 4.0, 1.0, 4.0), 2)
+    10.0
+    >>> shared_makespan_s(Pace(1.0, 4.0, 2.0, 6.0), 2)
+    12.0
+    """
+    moved = computed = 0  # messages of 2r and products of r that are done
+    left_link = left_compute = 1.0  # of the ones that are next
+    now_s = 0.0
+    while moved < 2 * degree:
+        on_link = moved < degree or computed > moved - degree
+        on_compute = computed < degree and min(moved, degree) > computed
+        link_s = left_link * (pace.busy_a if on_compute else pace.a) if on_link else math.inf
+        compute_s = left_compute * (pace.busy_e if on_link else pace.e) if on_compute else math.inf
+        step_s = min(link_s, compute_s)
+        now_s += step_s
+        left_link -= left_link * step_s / link_s if link_s > 0 else left_link
+        left_compute -= left_compute * step_s / compute_s if compute_s > 0 else left_compute
+        if link_s <= step_s:
+            moved, left_link = moved + 1, 1.0
+        if compute_s <= step_s:
+            computed, left_compute = computed + 1, 1.0
+    return now_s
