@@ -8,11 +8,11 @@ MEMIT is a checkout of kmeng01/memit, VENV an environment with the extra `peers`
 `throughput_peer.py` says what had to be changed for today's libraries and a CPU. Both sides edit
 SmolLM2-135M in float32 on the same cores, with the same facts (CounterFact), the same five
 prefixes, layers, second moments, steps, and all other settings; the change of each matrix that the
-two arrive at is compared. About 6 minutes on two idle cores.
+two arrive at is compared. About 8 minutes on two idle cores.
 
 Ours is timed after compilation (which is said beside it): every batch size a second time. The
 released code looks for values one request at a time, so that its seconds per edit do not depend on
-the batch; it is timed at 1 and 10 edits, not at 100, and its 10 are what stands beside our 100.
+the batch; it is timed at 1 and 10 edits, not at 100, and the best of them stands beside our 100.
 `--steps` is that of the search for values: as the method's settings have it, or 5 for a shorter
 run, which favours the released code (it spends nearly all its time in steps, ours does not).
 
