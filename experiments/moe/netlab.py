@@ -283,8 +283,8 @@ def main() -> None:
         f"{options['width']} × {options['hidden']}, {options['slots']} slots each on every "
         f"process, float32, forward; medians of {options['rounds']} rounds, degrees in turns, a "
         "round counting as its slowest process, with 95 % bootstrap intervals. Predicted from "
-        "lines that the same processes measured before: by the recurrence, in which overlapping is free, "
-        "and with sharing of the two cores among the four processes.\n",
+        "lines that the same processes measured before: by the recurrence, in which overlapping is "
+        "free, and with sharing of the two cores among the four processes.\n",
         markdown_table(summary(results)),
     ]
     for result in results:
