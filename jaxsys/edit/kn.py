@@ -283,7 +283,7 @@ def edit_kn(
         goal = _truth(model, request)
         prompts = [row.ids[: row.split]]
         for text in config.paraphrases.get(request.prompt, ()):
-            prompts.append(encode_pair(model.tokenizer, text.rstrip(), " x").context)
+            prompts.append(tuple(encode_pair(model.tokenizer, text.rstrip(), " x").context))
         found = [
             attribute(model, params, ids, goal, config.steps, config.rows_per_call)
             for ids in prompts

@@ -10,7 +10,7 @@ fact's neighbourhood, where the authors take unrelated questions.
 Reference: arXiv 2110.11309.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -146,7 +146,8 @@ def prepare(
         full = part + part[:1] * (rows_per_call - len(part))
         laid = rows_of(model, params, full, layer, at_least=(tokens, width))
         streams.append(np.asarray(laid.x)[: len(part)])
-        answers.append(Answers(*(np.asarray(a)[: len(part)] for a in laid.answers)))
+        kept: list[Any] = [np.asarray(a)[: len(part)] for a in laid.answers]
+        answers.append(Answers(*kept))
         if progress is not None:
             progress(start + len(part), len(rows))
 
@@ -154,7 +155,9 @@ def prepare(
         whole = np.concatenate(parts)
         return whole.reshape(3, len(texts), *whole.shape[1:])
 
-    return Prepared(by_kind(*streams), jax.tree.map(by_kind, *answers), np.float32(has).T)
+    return Prepared(
+        by_kind(*streams), jax.tree.map(by_kind, *answers), np.asarray(has, np.float32).T
+    )
 
 
 def _texts(model: Editable, record: Record) -> tuple[list[Encoded], list[float]]:
@@ -276,6 +279,7 @@ def _learned(editor: Editor) -> Any:
 def _optimizer(lr: float, lr_rates: float, clip: float) -> optax.GradientTransformation:
     # One object for one setting: its function is a static argument of a compiled step.
     kinds = {"nets": "nets", "modes": "nets", "rates": "rates"}
+    adam: dict[Hashable, optax.GradientTransformation]
     adam = {"nets": optax.adam(lr), "rates": optax.adam(lr_rates)}
     return optax.chain(optax.clip_by_global_norm(clip), optax.partition(adam, kinds))
 
@@ -315,7 +319,7 @@ def _step(fixed, names, weights, state, params, batch):
 
     grads, info = jax.grad(objective, has_aux=True)(_learned(editor))
     updates, memory = update(grads, state["optimizer"], _learned(editor))
-    learned = optax.apply_updates(_learned(editor), updates)
+    learned: Any = optax.apply_updates(_learned(editor), updates)
     return {"editor": editor._replace(**learned), "optimizer": memory}, info
 
 
