@@ -49,6 +49,7 @@ from jaxsys.edit.contract import Answering, Method
 from jaxsys.edit.evaluation import (
     EvaluationConfig,
     base_of_each,
+    base_predictions,
     digest,
     evaluate_edits,
 )
@@ -136,11 +137,15 @@ class Bench:
     def unedited(self, first: int, last: int) -> None:
         """Ask the model itself."""
         told = Answering(from_lm(self.params, self.model.config))
-        for i in self.missing("unedited", first, last, "none"):
-            how = replace(evaluation_of(None, i, self.given.smoke), rows=16)
-            [row] = evaluate_edits(
-                told, self.model.tokenizer, [self.records[i]], self.bases[i], how
-            )
+        facts = self.missing("unedited", first, last, "none")
+        if not facts:
+            return
+        how = replace(evaluation_of(None, facts[0], self.given.smoke), rows=16)
+        # All at once: there is one model only.
+        records = [self.records[i] for i in facts]
+        base = base_predictions(told.model, self.model.tokenizer, records)
+        rows = evaluate_edits(told, self.model.tokenizer, records, base, how)
+        for i, row in zip(facts, rows, strict=True):
             self.add({"method": "unedited", "fact": i, "settings": "none", **row})
 
     def edited(self, name: str, first: int, last: int) -> None:

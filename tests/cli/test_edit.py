@@ -99,6 +99,7 @@ def test_evaluate_a_checkpoint_beside_its_base(plain, edited, facts, tmp_path, c
     assert [json.loads(line)["subject"] for line in lines] == ["Ann", "Bob"]
 
 
+@pytest.mark.slow
 def test_evaluate_a_method_edit_by_edit(facts, tmp_path, capsys):
     how = ["--method", "ft-m", "--layers", "1", "--limit", "1", "--answer-tokens", "0", "--json"]
     assert main(["edit", "evaluate", "tiny", "--records", str(facts), *how]) == 0
@@ -139,15 +140,16 @@ def test_statistics_are_made_and_read(tmp_path, capsys):
     assert found.tokens == 288
 
 
+@pytest.mark.slow
 def test_trace_chooses_layers(facts, tmp_path, capsys):
     how = ["--samples", "2", "--json", "--out"]
-    one = ["--prompt", FACT[0], "--subject", FACT[1]]
-    for given, out in ((one, tmp_path / "one"), (["--records", str(facts)], tmp_path / "many")):
+    one, many = ["--prompt", FACT[0], "--subject", FACT[1]], ["--records", str(facts)]
+    for given, out in ((one, tmp_path / "one"), ([*many, "--limit", "1"], tmp_path / "many")):
         assert main(["edit", "trace", "tiny", *given, *how, str(out)]) == 0
         found = told(capsys)
         assert 0 <= found["layers"][-1] < 4
         assert {f.name for f in out.iterdir()} == {"trace.json", "trace.png"}
-    assert len(found["traces"]) == 2
+    assert len(found["traces"]) == 1
     assert main(["edit", "trace", "tiny"]) == 2
     assert "expected either --prompt" in capsys.readouterr().err
 
