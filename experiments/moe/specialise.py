@@ -13,9 +13,10 @@ Expert choice and SoftMoE read the tokens that they are to predict, so two losse
 whole windows, where they cheat, and at the last token of windows that end there, where nobody can.
 Sequences end at tokens 32, 64, 96 and 128 for the second.
 
-Expected: the gates that choose by token end a little below the dense model, or level with it;
-experts follow domains far more than at the start; expert choice's two losses differ, the causal
-gates' hardly.
+Found so far, in the first runs that ended (seed 0): after 614,400 tokens the dense model is ahead
+(2.249 nats held out, GShard's gate 2.308), and the experts hardly follow domains (information 0.05
+nats of at most 1.386). Which holds of the other gates and seeds, `results/specialise.jsonl` will
+tell; the causal gates' two losses at the ends must agree.
 """
 
 import argparse
