@@ -9,6 +9,10 @@ A killed run goes on from its last checkpoint in FOLDER/run; the residual stream
 reads are made once and kept in FOLDER/streams.npz. The authors take up to 100,000 steps with a rate
 of 1e-6; this is a hundredth of that with larger rates, which is said beside every figure.
 
+Expected: 200 steps with `--records 120 --try-on 10` took the loss of the new answers from about 7.5
+to 2.5 nats per token; of ten unseen facts 0.9 were then edited (unedited 0.3), 0.9 of their
+paraphrases (0.4) and 0.5 of their neighbours kept (0.8): enough to run, too few steps to be local.
+
 Writes FOLDER/model.safetensors (the editor) and `results/mend_train.json`: the loss over the steps,
 and the share of unseen facts that an edit makes likelier than the old answer.
 """
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
             name: attempt(model, params, unseen, editor)
             for name, editor in {"unedited": None, "trained": trained.editor}.items()
         },
-        "machine": machine(),
+        "machine": str(machine()),
     }
     print(to_json(result["tried"]), flush=True)
     if not args.smoke:
