@@ -20,6 +20,7 @@ EXTRAS = {
     "wandb": "wandb",
     "peers": "torch",
     "vision": "sklearn",
+    "tokamax": "tokamax",
     "tpu": "libtpu",
 }
 
