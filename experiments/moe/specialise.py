@@ -231,7 +231,7 @@ def train(name: str, seed: int, text: Text, size: Size) -> dict[str, Any]:
             row["joint"] = joint.round(4).tolist()
         return row
 
-    params = model.start(seed)
+    params = jax.tree.map(jnp.copy, model.start(seed))  # the step donates; the base is kept
     state = init(params)
     curve, balance = [measure(0)], []
     for i in range(size.steps):
