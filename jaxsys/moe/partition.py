@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from jaxsys.core.errors import UserError
 
@@ -62,12 +62,12 @@ class Partition(NamedTuple):
     ('choice', 'moe', 'dense', 'pending', 'seconds', 'exact')
     """
 
-    choice: Int[Array, "L"]
-    moe: Float[Array, "L"]
-    dense: Float[Array, "L"]
-    pending: Float[Array, ""]
-    seconds: Float[Array, ""]
-    exact: Bool[Array, ""] | bool
+    choice: Any
+    moe: Any
+    dense: Any
+    pending: Any
+    seconds: Any
+    exact: Any
 
 
 def room(slack_s: Any, alpha_s: Any, beta_s: Any) -> Any:
@@ -108,15 +108,12 @@ def fill(problem: Backward, choice: Array, chunk: float | int = 0.0) -> Partitio
     least_s, busy_s, dense_s, ready, alpha_s, beta_s = problem
     rows = jnp.arange(least_s.shape[0])
     taken_s = least_s[rows, choice]
-    if chunk:
-        message_s = alpha_s + chunk * beta_s  # every message of this size pays α
+    message_s = alpha_s + chunk * beta_s  # every message of a fixed size pays α
 
-        def fits(slack_s):
+    def fits(slack_s):
+        if chunk:
             return chunk * jnp.floor(slack_s / jnp.maximum(message_s, 1e-30) + 1e-9)
-    else:
-
-        def fits(slack_s):
-            return room(slack_s, alpha_s, beta_s)
+        return room(slack_s, alpha_s, beta_s)
 
     caps = jnp.stack([fits(taken_s - busy_s[rows, choice]), fits(dense_s)], axis=1)
 

@@ -55,7 +55,7 @@ def step_one(problem: Backward) -> First:
     caps = np.where(gaps > alpha_s, (gaps - alpha_s) / max(float(beta_s), 1e-30), 0.0)
     placed, left = np.zeros_like(caps), np.zeros(len(ready))
     stack: list[int] = []
-    for i in rows:
+    for i in range(len(ready)):
         left[i] = ready[i]
         stack.append(i)
         for slot, cap in enumerate(caps[i]):
@@ -130,7 +130,7 @@ def _evolve(seconds, most: np.ndarray, seed: int, generations: int) -> np.ndarra
         found = differential_evolution(
             lambda x: seconds(scale * x.T),
             [(0.0, max(float(b), 1e-12)) for b in bound],
-            constraints=LinearConstraint(np.tril(np.ones((n, n))), -np.inf, bound),
+            constraints=LinearConstraint(np.tril(np.ones((n, n))), ub=bound),  # pyright: ignore[reportArgumentType]
             maxiter=generations,
             vectorized=True,
             updating="deferred",

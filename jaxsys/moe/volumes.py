@@ -7,7 +7,7 @@ N_ESP ranks that split an expert, N_MP ranks that split the dense part.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,10 +31,10 @@ class Volumes(NamedTuple):
     8.0
     """
 
-    all_to_all: int | float | np.ndarray
-    all_gather: int | float | np.ndarray
-    reduce_scatter: int | float | np.ndarray
-    expert: int | float | np.ndarray
+    all_to_all: Any
+    all_gather: Any
+    reduce_scatter: Any
+    expert: Any
 
 
 @dataclass(frozen=True)
