@@ -71,7 +71,7 @@ def spread(
         "loss": found.loss,
         "nll": found.nll,
         "steps": found.steps,
-        "missing": np.reshape(missing, (len(layers), -1)),
+        "missing": np.reshape(missing, (len(layers), len(requests))),
     }
     return Edited(params, None, Info(factors, notes))
 

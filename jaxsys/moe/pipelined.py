@@ -242,7 +242,8 @@ def backward(
         grads = [experts(g, j) for j, g in enumerate(sent)]
         rows = [_scattered(dr, axes) for _, dr in grads]
         if between is not None:
-            found, rows[0] = lax.optimization_barrier((found, rows[0]))
+            # The sums themselves go around the barrier, which would forget that all ranks agree.
+            _, rows[0] = lax.optimization_barrier((found, rows[0]))
         done = [spec.combine(r, axes) for r in rows]
     summed = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *[dp for dp, _ in grads])
     return summed, jnp.concatenate(done, axis=1), found
