@@ -46,7 +46,7 @@ class Args:
 def main(args: Args) -> None:
     """Take, save and describe the statistics."""
     if args.smoke:
-        args = Args(args.data, Path(tempfile.mkdtemp()), "tiny", (0, 1), 2_000, 64, 4)
+        args = Args(args.data, Path(tempfile.mkdtemp()), "tiny", (0, 1), 2_000, 64, 4, smoke=True)
         from jaxsys.data.text import python_docs
 
         text = python_docs()[:20_000]
