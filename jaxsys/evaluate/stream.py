@@ -9,7 +9,7 @@ _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole letter
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Cut a text before the first place where a stop string begins.
+    """Cut a text before the stop string that is complete first, as a text that grows is stopped.
 
     Returns:
       The text up to there, and whether there was one.
@@ -17,8 +17,8 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     >>> cut("one. two. three", ["two", "."])
     ('one', True)
     """
-    places = [place for s in stop if (place := text.find(s)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    found = [(place + len(s), place) for s in stop if (place := text.find(s)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
