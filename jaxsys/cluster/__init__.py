@@ -7,6 +7,7 @@ from jaxsys.cluster.join import Membership, join, leave, read_environment
 from jaxsys.cluster.launch import Attempt, LaunchReport, launch, most_workers
 from jaxsys.cluster.netlab import Availability, LinkRate, Netlab, available, netlab
 from jaxsys.cluster.rates import Traffic, format_rate, interface_bytes, parse_rate
+from jaxsys.cluster.shares import Shares, available_shares, cpu_shares
 
 __all__ = [
     "Attempt",
@@ -15,8 +16,11 @@ __all__ = [
     "LinkRate",
     "Membership",
     "Netlab",
+    "Shares",
     "Traffic",
     "available",
+    "available_shares",
+    "cpu_shares",
     "format_rate",
     "interface_bytes",
     "join",

@@ -10,9 +10,12 @@ does the same.
     ------------------    ----------------------------------------------    -----------------------
     plan               →  own user namespace
     writes the id maps ←  {"stage": "user"}
-    "mapped"           →  own net, mount, uts namespace, hosts, bridge  →  own net, uts namespace
-                          veth pair: jxI on the bridge, eth0 in the child →  address, rate of eth0
+    "mapped"           →  own net, mount, uts namespace, hosts, bridges →  own net, uts namespace
+                          veth pair: jxI on its bridge, eth0 in the child →  address, rate of eth0
     uses the namespaces ← {"stage": "ready", "pid": …, "workers": […]}
+
+A further bridge hangs on the first one by a veth pair with a rate of its own at both ends: the
+link between two clusters. A worker without a rate is not shaped; timed exchanges end there.
 """
 
 import contextlib
@@ -65,11 +68,15 @@ def _batch(stage: str, tool: str, lines: list[str]) -> None:
         raise _Failed(stage, said[0] if said else f"{tool} ended with {done.returncode}")
 
 
-def _tbf(device: str, rate_bits_s: float, burst_bytes: int, queue_s: float) -> str:
-    return (
-        f"qdisc add dev {device} root tbf rate {round(rate_bits_s)}bit burst {burst_bytes}b "
-        f"latency {round(queue_s * 1e3)}ms"
-    )
+def _shape(devices: list[str], link: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Put a token bucket on what leaves by each of these devices."""
+    rate_bits_s = link["rate_bits_s"]
+    if rate_bits_s is None:
+        return
+    bucket = f"tbf rate {round(rate_bits_s)}bit burst {link['burst_bytes']}b"
+    queue = f"latency {round(plan['queue_s'] * 1e3)}ms"
+    lines = [f"qdisc add dev {device} root {bucket} {queue}" for device in devices]
+    _batch("tbf", plan["tc"], lines)
 
 
 def _link(device: str, plan: dict[str, Any]) -> str:
@@ -109,8 +116,7 @@ def _be_worker(plan: dict[str, Any], number: int, ready: int, go: int) -> NoRetu
                 _link("eth0", plan),
             ],
         )
-        shape = _tbf("eth0", worker["rate_bits_s"], worker["burst_bytes"], plan["queue_s"])
-        _batch("tbf", plan["tc"], [shape])
+        _shape(["eth0"], worker, plan)
         os.write(ready, b"1")
     except _Failed as failure:
         os.write(ready, json.dumps(failure.args).encode())
@@ -130,6 +136,7 @@ def _await(ready: int) -> None:
 
 def _start_worker(plan: dict[str, Any], number: int) -> int:
     """Fork the holder of one worker's namespaces and lay its cable; give its process id."""
+    worker = plan["workers"][number]
     ready, ready_end = os.pipe()
     go_end, go = os.pipe()
     pid = os.fork()
@@ -145,13 +152,11 @@ def _start_worker(plan: dict[str, Any], number: int) -> int:
             plan["ip"],
             [
                 f"link add {device} type veth peer name eth0 netns {pid}",
-                f"link set dev {device} master jxhub",
+                f"link set dev {device} master {worker['bridge']}",
                 _link(device, plan),
             ],
         )
-        worker = plan["workers"][number]
-        shape = _tbf(device, worker["rate_bits_s"], worker["burst_bytes"], plan["queue_s"])
-        _batch("tbf", plan["tc"], [shape])
+        _shape([device], worker, plan)
         os.write(go, b"1")
         _await(ready)
     finally:
@@ -182,6 +187,23 @@ def _build(plan: dict[str, Any]) -> list[int]:
             _link("jxhub", plan),
         ],
     )
+    for trunk in plan["trunks"]:
+        ends = [f"{trunk['bridge']}a", f"{trunk['bridge']}b"]
+        _batch(
+            "bridge",
+            plan["ip"],
+            [
+                f"link add {trunk['bridge']} type bridge mcast_snooping 0",
+                # it would answer for the first bridge's address, past the link between
+                f"link set dev {trunk['bridge']} arp off",
+                _link(trunk["bridge"], plan),
+                f"link add {ends[0]} type veth peer name {ends[1]}",
+                f"link set dev {ends[0]} master jxhub",
+                f"link set dev {ends[1]} master {trunk['bridge']}",
+                *(_link(end, plan) for end in ends),
+            ],
+        )
+        _shape(ends, trunk, plan)
     return [_start_worker(plan, number) for number in range(len(plan["workers"]))]
 
 

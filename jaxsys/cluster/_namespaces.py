@@ -61,7 +61,8 @@ def hold(plan: dict[str, Any], hosts: str) -> Iterator[Held]:
       Refused: the kernel or a program refused a stage.
 
     >>> plan = {"user_namespace": False, "ip": "false", "hub_address": "10.0.0.1"}
-    >>> with hold(plan | {"mtu_bytes": 1500, "gso_bytes": 1500, "workers": []}, hosts=""):
+    >>> plan |= {"mtu_bytes": 1500, "gso_bytes": 1500, "workers": [], "trunks": []}
+    >>> with hold(plan, hosts=""):
     ...     pass
     Traceback (most recent call last):
     ...

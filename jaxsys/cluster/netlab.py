@@ -2,8 +2,9 @@
 
 Every worker has its own network namespace, host name and address; a virtual cable with a token
 bucket at both ends (`tc … tbf`: one limits what the worker sends, one what it receives) joins it
-to one bridge. Nothing has a global name, so nothing can collide with another netlab on the machine
-and everything disappears with the processes that hold it (see `_holder.py`).
+to a bridge: one for all, or one for each cluster of workers, the others' joined to the first's by
+links of their own. Nothing has a global name, so nothing can collide with another netlab on the
+machine and everything disappears with the processes that hold it (see `_holder.py`).
 
 An unprivileged user namespace is tried first; where those are refused, root does without. Workers
 see the same files and devices as outside, but no other network: neither the internet nor the
@@ -14,21 +15,17 @@ import contextlib
 import dataclasses
 import functools
 import ipaddress
-import json
 import os
 import shutil
-import subprocess
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxsys.cluster._exchange import LinkRate, ShapedLink, time_links, warn_where_off
 from jaxsys.cluster._namespaces import Refused, hold, remove_leavings
 from jaxsys.cluster.rates import format_rate, parse_rate
 from jaxsys.core.errors import UserError
 
-_HERE = Path(__file__).parent
 _NETWORK = ipaddress.ip_network("10.77.0.0/16")
 _LEAST_BITS_S, _MOST_BITS_S = 1e5, 1e10  # below, one frame takes a second; above, this CPU is slow
 _HOW = ("user namespace", "root")
@@ -64,21 +61,6 @@ class Availability(NamedTuple):
     remedy: str
 
 
-class LinkRate(NamedTuple):
-    """What a worker's link was measured to carry.
-
-    Attributes:
-      up_bits_s: payload bits per second that the worker sends.
-      down_bits_s: payload bits per second that it receives.
-
-    >>> LinkRate(up_bits_s=9.9e7, down_bits_s=9.8e7).up_bits_s
-    99000000.0
-    """
-
-    up_bits_s: float
-    down_bits_s: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Netlab:
     """A running network; made by `netlab`.
@@ -92,6 +74,10 @@ class Netlab:
       hub_address: the bridge's own address; its end is not shaped.
       hub_pid: the process that holds the bridge's namespace.
       pids: the process that holds worker i's namespaces.
+      clusters: the workers at each bridge; one group of all where there is one bridge.
+      between_bits_s: the rate of each further cluster's link to the first, in each direction.
+      between_burst_bytes: what that link lets pass at once after a pause.
+      hubs: address and process of an end that is not shaped, at each further cluster's bridge.
 
     >>> lab = Netlab(("10.77.0.1",), ("jaxsys-w0",), (1e8,), (32768,), "root", "10.77.255.254",
     ...              hub_pid=10, pids=(11,))
@@ -107,6 +93,10 @@ class Netlab:
     hub_address: str
     hub_pid: int
     pids: tuple[int, ...]
+    clusters: tuple[tuple[int, ...], ...] = ()
+    between_bits_s: tuple[float, ...] = ()
+    between_burst_bytes: tuple[int, ...] = ()
+    hubs: tuple[tuple[str, int], ...] = ()
 
     def wrap(self, i: int, argv: Sequence[str]) -> list[str]:
         """Give an argument list that runs a command in worker i's namespaces.
@@ -137,8 +127,8 @@ class Netlab:
     def verify(self, tolerance: float = 0.10, seconds: float = 0.3) -> tuple[LinkRate, ...]:
         """Time an exchange over each worker's link and warn where a rate is not what it should be.
 
-        The links are measured one after the other against the bridge's unshaped end, so that each
-        number belongs to one link.
+        The links are measured one after the other against their bridge's unshaped end, so that
+        each number belongs to one link.
 
         Args:
           tolerance: the relative deviation from which on to warn.
@@ -155,55 +145,49 @@ class Netlab:
         ...     with netlab(1, "50mbit") as lab:
         ...         rates = lab.verify(tolerance=1.0, seconds=0.05)
         """
-        measured = []
-        probe = [sys.executable, "-I", "-S", str(_HERE / "_probe.py")]
-        with subprocess.Popen(
-            self._enter(self.hub_pid, [*probe, "serve", str(len(self.pids))]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as server:
-            try:
-                assert server.stdout is not None
-                port = server.stdout.readline().strip() or "0"  # nothing: the first time fails
-                for i, rate_bits_s in enumerate(self.rates_bits_s):
-                    timed_bytes = max(round(rate_bits_s * seconds / 8), 2 * _MTU_BYTES)
-                    warm_bytes = 2 * self.burst_bytes[i] + timed_bytes // 4
-                    arguments = [self.hub_address, port, str(warm_bytes), str(timed_bytes)]
-                    done = subprocess.run(
-                        self.wrap(i, [*probe, "time", *arguments]),
-                        capture_output=True,
-                        text=True,
-                        timeout=30.0 + 20.0 * seconds,
-                    )
-                    if done.returncode != 0:
-                        raise UserError(
-                            f"the timed exchange of worker {i} failed "
-                            f"({(done.stderr.strip().splitlines() or ['no message'])[-1]}); "
-                            "expected it to reach the bridge; try again or use an emulated link"
-                        )
-                    times = json.loads(done.stdout)
-                    bits = 8.0 * timed_bytes
-                    measured.append(LinkRate(bits / times["up_s"], bits / times["down_s"]))
-            finally:
-                server.kill()
-        self._warn(measured, tolerance)
+        links = [
+            ShapedLink(f"worker {i}", functools.partial(self.wrap, i), rate, burst)
+            for i, (rate, burst) in enumerate(zip(self.rates_bits_s, self.burst_bytes, strict=True))
+        ]
+        ends = [(self.hub_address, self.hub_pid), *self.hubs]
+        found: dict[int, LinkRate] = {}
+        for (address, pid), group in zip(ends, self.clusters, strict=True):
+            at_hub = functools.partial(self._enter, pid)
+            rates = time_links(at_hub, address, [links[i] for i in group], seconds)
+            found.update(zip(group, rates, strict=True))
+        measured = [found[i] for i in range(len(links))]
+        warn_where_off(links, measured, tolerance)
         return tuple(measured)
 
-    def _warn(self, measured: Sequence[LinkRate], tolerance: float) -> None:
-        off = [
-            f"worker {i} {format_rate(rate)} instead of {format_rate(wanted)}"
-            for i, (link, wanted) in enumerate(zip(measured, self.rates_bits_s, strict=True))
-            for rate in link
-            if abs(rate / wanted - 1.0) > tolerance
+    def verify_between(self, tolerance: float = 0.10, seconds: float = 0.3) -> tuple[LinkRate, ...]:
+        """Time an exchange over each link between clusters, as `verify` does over the workers'.
+
+        Args:
+          tolerance: the relative deviation from which on to warn.
+          seconds: about how long each direction is timed.
+
+        Returns:
+          The measured rates, one for each further cluster, whose side counts as the link's end.
+
+        Raises:
+          UserError: an exchange failed or did not end.
+
+        >>> from jaxsys.cluster.netlab import available, netlab
+        >>> if available().ok:
+        ...     with netlab(2, "1gbit", clusters=((0,), (1,)), between="50mbit") as lab:
+        ...         rates = lab.verify_between(tolerance=1.0, seconds=0.05)
+        """
+        columns = (self.hubs, self.between_bits_s, self.between_burst_bytes)
+        links = [
+            ShapedLink(f"cluster {k}", functools.partial(self._enter, hub[1]), rate, burst)
+            for k, (hub, rate, burst) in enumerate(zip(*columns, strict=True), start=1)
         ]
-        if off:
-            warnings.warn(
-                f"links are off by more than {tolerance:.0%} ({'; '.join(off[:4])}); "
-                "the machine is busy or too slow for the rate; choose a lower one or wait",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        if not links:
+            return ()
+        at_hub = functools.partial(self._enter, self.hub_pid)
+        measured = time_links(at_hub, self.hub_address, links, seconds)
+        warn_where_off(links, measured, tolerance)
+        return tuple(measured)
 
 
 @contextlib.contextmanager
@@ -212,6 +196,8 @@ def netlab(
     bandwidth: str | Sequence[str] = "100mbit",
     *,
     burst_bytes: int | None = None,
+    clusters: Sequence[Sequence[int]] = (),
+    between: str | Sequence[str] = "10mbit",
 ) -> Iterator[Netlab]:
     """Make a network of n workers with shaped links, and remove it at the end.
 
@@ -222,13 +208,17 @@ def netlab(
       burst_bytes: what a link lets pass at once after a pause; the default is 8 ms at its rate and
         at least two bundles of frames, small against what is measured and large enough for
         timers that come late on a busy machine.
+      clusters: groups of workers, each at a bridge of its own; by default all are at one. Two
+        clusters have one link between them; of more, all hang on the first one's bridge.
+      between: the rate of the links between clusters, or one for each cluster after the first.
 
     Yields:
       The network.
 
     Raises:
-      UserError: a rate is no rate or out of range, their number is not n, or this machine cannot
-        make such a network (the sentence says why and what would help).
+      UserError: a rate is no rate or out of range, their number is not n, the clusters do not hold
+        every worker once, or this machine cannot make such a network (the sentence says why and
+        what would help).
 
     >>> if available().ok:
     ...     with netlab(2, ["10mbit", "100mbit"]) as lab:
@@ -237,7 +227,10 @@ def netlab(
     ...     print(('10.77.0.1', '10.77.0.2'), (1e7, 1e8))
     ('10.77.0.1', '10.77.0.2') (10000000.0, 100000000.0)
     """
-    rates_bits_s = _rates(n, bandwidth)
+    rates_bits_s = _rates(n, bandwidth, "worker")
+    groups = _clusters(n, clusters)
+    further = len(groups) - 1
+    between_bits_s = _rates(further, between, "link between clusters") if further else ()
     lab = Netlab(
         addresses=tuple(str(_NETWORK[i + 1]) for i in range(n)),
         hostnames=tuple(f"jaxsys-w{i}" for i in range(n)),
@@ -247,6 +240,10 @@ def netlab(
         hub_address=str(_NETWORK[-2]),
         hub_pid=0,
         pids=(),
+        clusters=groups,
+        between_bits_s=between_bits_s,
+        between_burst_bytes=tuple(burst_bytes or _burst_bytes(rate) for rate in between_bits_s),
+        hubs=tuple((str(_NETWORK[-3 - k]), 0) for k in range(further)),
     )
     missing = [name for name in ("ip", "tc", "nsenter") if _tool(name) is None]
     if missing:
@@ -260,7 +257,10 @@ def netlab(
             except Refused as refusal:
                 refusals.append(refusal)
                 continue
-            yield dataclasses.replace(lab, how=how, hub_pid=held.hub_pid, pids=held.pids)
+            hubs = zip([address for address, _ in lab.hubs], held.pids[n:], strict=True)
+            yield dataclasses.replace(
+                lab, how=how, hub_pid=held.hub_pid, pids=held.pids[:n], hubs=tuple(hubs)
+            )
             return
         raise _Unavailable(*refusals[-1].args)
 
@@ -306,13 +306,13 @@ class _Unavailable(UserError):
         )
 
 
-def _rates(n: int, bandwidth: str | Sequence[str]) -> tuple[float, ...]:
-    if not 1 <= n < _NETWORK.num_addresses - 3:
+def _rates(n: int, bandwidth: str | Sequence[str], what: str) -> tuple[float, ...]:
+    if not 1 <= n < _NETWORK.num_addresses // 2:
         raise UserError(f"{n} workers in a netlab; expected 1 or more; pass another number")
     texts = [bandwidth] * n if isinstance(bandwidth, str) else list(bandwidth)
     if len(texts) != n:
         raise UserError(
-            f"{len(texts)} link rates for {n} workers; expected one for all or one for each; "
+            f"{len(texts)} link rates for {n} ({what}); expected one for all or one for each; "
             "correct the list"
         )
     rates_bits_s = tuple(parse_rate(text) for text in texts)
@@ -323,6 +323,16 @@ def _rates(n: int, bandwidth: str | Sequence[str]) -> tuple[float, ...]:
                 f"{format_rate(_LEAST_BITS_S)} to {format_rate(_MOST_BITS_S)}; choose one of these"
             )
     return rates_bits_s
+
+
+def _clusters(n: int, clusters: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    groups = tuple(tuple(group) for group in clusters) or (tuple(range(n)),)
+    if sorted(i for group in groups for i in group) != list(range(n)) or not all(groups):
+        raise UserError(
+            f"the clusters are {groups}; expected each of the workers 0 to {n - 1} in one of them, "
+            "and none empty; correct the groups"
+        )
+    return groups
 
 
 def _burst_bytes(rate_bits_s: float) -> int:
@@ -342,8 +352,21 @@ def _hosts(lab: Netlab) -> str:
 
 def _plan(lab: Netlab, how: str) -> dict[str, Any]:
     """What `_holder.py` has to build."""
-    columns = (lab.hostnames, lab.addresses, lab.rates_bits_s, lab.burst_bytes)
-    names = ("hostname", "address", "rate_bits_s", "burst_bytes")
+    bridge = {i: "jxhub" if k == 0 else f"jxc{k}" for k, g in enumerate(lab.clusters) for i in g}
+    bridges = tuple(bridge[i] for i in range(len(lab.addresses)))
+    columns = (lab.hostnames, lab.addresses, lab.rates_bits_s, lab.burst_bytes, bridges)
+    names = ("hostname", "address", "rate_bits_s", "burst_bytes", "bridge")
+    workers = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    hubs = [
+        dict(zip(names, (f"jaxsys-hub{k}", address, None, 0, f"jxc{k}"), strict=True))
+        for k, (address, _) in enumerate(lab.hubs, start=1)
+    ]
+    trunks = [
+        {"bridge": f"jxc{k}", "rate_bits_s": rate, "burst_bytes": burst}
+        for k, (rate, burst) in enumerate(
+            zip(lab.between_bits_s, lab.between_burst_bytes, strict=True), start=1
+        )
+    ]
     return {
         "user_namespace": how == _HOW[0],
         "ip": _tool("ip"),
@@ -352,5 +375,6 @@ def _plan(lab: Netlab, how: str) -> dict[str, Any]:
         "queue_s": _QUEUE_S,
         "mtu_bytes": _MTU_BYTES,
         "gso_bytes": _GSO_BYTES,
-        "workers": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
+        "workers": [*workers, *hubs],
+        "trunks": trunks,
     }

@@ -1,5 +1,6 @@
 """Shaped networks: rates, names, collectives inside, and that a killed owner leaves nothing."""
 
+import functools
 import importlib
 import os
 import shutil
@@ -29,6 +30,14 @@ def _inside(lab, i: int, *argv: str) -> str:
     return done.stdout.strip()
 
 
+def _bits_s(lab, source: int, target: int) -> float:
+    """Time an exchange between two workers."""
+    exchange = importlib.import_module("jaxsys.cluster._exchange")
+    enter = [functools.partial(lab.wrap, i) for i in (target, source)]
+    link = exchange.ShapedLink("pair", enter[1], 2e7, 40000)
+    return min(exchange.time_links(enter[0], lab.addresses[target], [link], 0.3)[0])
+
+
 class TestWithNetlab:
     pytestmark = needs_netlab
 
@@ -44,6 +53,28 @@ class TestWithNetlab:
             if all(0.9 < ratio < 1.1 for ratio in ratios) or attempt == 1:
                 break
         assert all(0.9 < ratio < 1.1 for ratio in ratios), ratios
+
+    def test_the_link_between_clusters_is_slow_and_those_inside_are_not(self):
+        """Two bridges, one link between: each is timed by itself, and it is on the way across."""
+        groups = ((0, 2), (1, 3))
+        for attempt in range(2):
+            with netlab(4, "200mbit", clusters=groups, between="20mbit") as lab:
+                assert (lab.clusters, lab.between_bits_s) == (groups, (2e7,))
+                (between,) = lab.verify_between(tolerance=1.0)
+                inside = lab.verify(tolerance=1.0, seconds=0.1)
+                across, within = (_bits_s(lab, i, 0) for i in (1, 2))
+            off = [rate / 2e7 for rate in (*between, across)]
+            off += [rate / 2e8 for rate in (*inside[0], *inside[1], *inside[3], within)]
+            if all(0.85 < ratio < 1.15 for ratio in off) or attempt == 1:
+                break
+        assert all(0.85 < ratio < 1.15 for ratio in off), off
+
+    def test_three_clusters_have_links_of_their_own(self):
+        rates = ["10mbit", "40mbit"]
+        with netlab(3, "200mbit", clusters=((0,), (1,), (2,)), between=rates) as lab:
+            found = lab.verify_between(tolerance=1.0, seconds=0.1)
+            assert 3 < found[1].down_bits_s / found[0].down_bits_s < 5
+            assert _bits_s(lab, 1, 2) < 1.2e7  # by way of both links
 
     def test_a_rate_that_is_off_is_said(self):
         message = "worker 0 .* instead of 10mbit"
@@ -205,6 +236,25 @@ def test_a_holder_that_outlives_its_owner_is_ended():
 )
 def test_mistakes_are_one_sentence(n, bandwidth):
     with pytest.raises(UserError) as caught, netlab(n, bandwidth):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "between"),
+    [
+        (((0, 1),), "10mbit"),
+        (((0, 1), (1, 2)), "10mbit"),
+        (((0, 1, 2), ()), "10mbit"),
+        (((0,), (1, 2)), "1kbit"),
+        (((0,), (1, 2)), ["1mbit", "1mbit"]),
+    ],
+)
+def test_mistaken_clusters_are_one_sentence(clusters, between):
+    with (
+        pytest.raises(UserError) as caught,
+        netlab(3, clusters=clusters, between=between),
+    ):
         pass
     assert "\n" not in str(caught.value)
 
