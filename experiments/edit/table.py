@@ -48,6 +48,7 @@ from facts import (
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
 from jaxsys.core.report import append_jsonl, atomic_write, markdown_table, print_table
+from jaxsys.edit.closed import FORMS, layers_of
 from jaxsys.edit.contract import Answering, Method
 from jaxsys.edit.evaluation import (
     EvaluationConfig,
@@ -68,7 +69,6 @@ from jaxsys.evaluate.protocol import from_lm
 ORDER = ("rome", "memit", "ft-l", "ft-m", "alphaedit", "r-rome", "emmet", "pmet", "grace", "ike")
 ORDER += ("mend", "serac", "kn", "ft", "lora")
 BLOCK = 25
-AT_LAYERS = ("MemitConfig", "EmmetConfig", "AlphaEditConfig")  # seek v* at a layer's end alike
 ENDS = (0, 10, 25, 50, 100, 150, 200)  # of the parts that all methods do before the next
 SHOWN = ("efficacy", "paraphrase", "neighbourhood", "score", "locality", "efficacy_top1")
 SHOWN += ("paraphrase_top1", "written", "fluency")
@@ -180,7 +180,8 @@ class Bench:
         """Do facts that are evaluated alike."""
         method = METHODS[name]
         if method.targets is not None:
-            method = method._replace(targets=partial(self.found, method.targets))
+            kind = FORMS["rome" if name == "r-rome" else name].kind
+            method = method._replace(targets=partial(self.found, kind, method.targets))
         found = single_edits(
             self.model,
             method,
@@ -199,12 +200,11 @@ class Bench:
             if self.late():
                 return
 
-    def found(self, find: Any, model: Any, config: Any, params: Any, requests: Any) -> Any:
+    def found(
+        self, kind: str, find: Any, model: Any, config: Any, params: Any, requests: Any
+    ) -> Any:
         """Find target values, or give those that another method has found, and their price."""
-        place = getattr(config, "layer", None)
-        place = config.layers[-1] if place is None else place
-        kind = "layer" if config.__class__.__name__ in AT_LAYERS else find
-        key = (kind, place, config.target, tuple(requests))
+        key = (kind, layers_of(config)[-1], config.target, tuple(requests))
         if key in self.targets:
             self.borrowed_s += self.targets[key][1]
         else:

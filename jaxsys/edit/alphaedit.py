@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.edit.contract import Editable, Edited, Request, check_requests
-from jaxsys.edit.defaults import settle
-from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.closed import prepare
+from jaxsys.edit.contract import Editable, Edited, Request
 from jaxsys.edit.solves import ridge
 from jaxsys.edit.spread import add_keys, keys_of, spread
-from jaxsys.edit.stats import Statistics, need, null_space
-from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+from jaxsys.edit.stats import Statistics, null_space
+from jaxsys.edit.targets import TargetConfig, Targets
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,6 @@ class AlphaEditConfig:
     relative: bool | None = None
     ridge: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
-
-
-def targets(
-    model: Editable, config: AlphaEditConfig, params: Any, requests: Sequence[Request]
-) -> Targets:
-    """Find the values of many requests at a time, for edits that each start from ``params``.
-
-    >>> request = Request("Paris is in", "Rome", "Gaul")
-    >>> targets(Editable(None, None), AlphaEditConfig(), {}, [request])
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
-    """
-    for request in requests:
-        check_requests([request])
-    chosen = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def project(
@@ -110,7 +92,7 @@ def edit(
       requests: N.
       stats: C of every layer.
       state: layer to S_l [F, F], from the batch before.
-      found: from `targets`, if it has been called.
+      found: from `closed.targets`, if it has been called.
 
     Raises:
       UserError: as MEMIT, and if the threshold leaves no direction.
@@ -126,11 +108,7 @@ def edit(
     ...
     jaxsys.core.errors.UserError: AlphaEdit got no statistics of the keys of layers 0 1 2; ...
     """
-    check_requests(requests)
-    chosen = settle(config, "alphaedit", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "AlphaEdit", chosen.layers)
-    if found is None:
-        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
+    chosen, stats, found = prepare("alphaedit", model, config, params, requests, stats, found)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u = stats.derive(

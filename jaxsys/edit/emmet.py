@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.edit.contract import Editable, Edited, Request, check_requests
-from jaxsys.edit.defaults import settle
-from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.closed import prepare
+from jaxsys.edit.contract import Editable, Edited, Request
 from jaxsys.edit.solves import ridge
 from jaxsys.edit.spread import spread
-from jaxsys.edit.stats import Statistics, need
-from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+from jaxsys.edit.stats import Statistics
+from jaxsys.edit.targets import TargetConfig, Targets
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,6 @@ class EmmetConfig:
     identity: float = 0.0
     slack: float = 0.1
     target: TargetConfig = field(default_factory=TargetConfig)
-
-
-def targets(
-    model: Editable, config: EmmetConfig, params: Any, requests: Sequence[Request]
-) -> Targets:
-    """Find the values of many requests at a time, for edits that each start from ``params``.
-
-    >>> targets(Editable(None, None), EmmetConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
-    """
-    for request in requests:
-        check_requests([request])
-    chosen = settle(config, "emmet", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def edit(
@@ -76,7 +59,7 @@ def edit(
       requests: N.
       stats: C of every layer.
       state: passed on; EMMET keeps none.
-      found: from `targets`, if it has been called.
+      found: from `closed.targets`, if it has been called.
 
     Raises:
       UserError: as MEMIT; without slack also for more requests than the matrix has inputs.
@@ -92,11 +75,7 @@ def edit(
     ...
     jaxsys.core.errors.UserError: EMMET got no statistics of the keys of layers 1; make them ...
     """
-    check_requests(requests)
-    chosen = settle(config, "emmet", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "EMMET", chosen.layers)
-    if found is None:
-        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
+    chosen, stats, found = prepare("emmet", model, config, params, requests, stats, found)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moment = chosen.weight * stats.moment(layer).astype(np.float64)

@@ -17,7 +17,8 @@ import optax
 
 from jaxsys.core.errors import UserError
 from jaxsys.edit.contract import Editable, Edited, Info, Request
-from jaxsys.edit.editable import add_delta, get_matrix, matrix_path, with_leaf
+from jaxsys.edit.editable import get_matrix, matrix_path, with_leaf
+from jaxsys.edit.factors import apply
 from jaxsys.edit.rows import Rows, checked, log_probs, mean_nll, rows_of
 from jaxsys.models import lm, lora
 from jaxsys.models.lm.families import layout_of
@@ -168,8 +169,8 @@ def edit_finetune(
         new = matrix.T if layout_of(model.config).in_out else matrix
         delta = new - old[path].astype(jnp.float32)
         factors[path] = (jnp.eye(delta.shape[0], dtype=jnp.float32), delta.T)
-        params = add_delta(model.config, params, path, *factors[path])
-    return Edited(params, None, Info(factors, notes))
+    info = Info(factors, notes)
+    return Edited(apply(model, params, info), None, info)
 
 
 def edit_lora(
@@ -221,11 +222,9 @@ def edit_lora(
     )
     rows = rows_of(model, params, checked(model, requests), min(layers))
     trained, notes = _descend(params, fresh, rows, model.config, config)
-    factors = {}
-    for path, adapter in trained.items():
-        factors[path] = (adapter.scale * adapter.b, adapter.a.T)
-        params = add_delta(model.config, params, path, *factors[path])
-    return Edited(params, None, Info(factors, notes))
+    factors = {path: (each.scale * each.b, each.a.T) for path, each in trained.items()}
+    info = Info(factors, notes)
+    return Edited(apply(model, params, info), None, info)
 
 
 def default_layer(config: Any) -> int:

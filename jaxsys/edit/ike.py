@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.edit.contract import Answering, Editable, Edited, Info, Record, Request
-from jaxsys.edit.memory import Encoder, Memory, checked_codes, own_encoder, remember
+from jaxsys.edit.contract import Answering, Editable, Record, Request
+from jaxsys.edit.memory import Memory, checked_codes, encoder_of
 from jaxsys.evaluate.protocol import from_lm
 
 
@@ -69,42 +69,6 @@ def _fact(request: Request) -> str:
     return f"{request.prompt.rstrip()} {request.target.strip()}"
 
 
-def edit_ike(
-    model: Editable,
-    config: IKE,
-    params: Any,
-    requests: Sequence[Request],
-    stats: Any = None,
-    state: Memory | None = None,
-) -> Edited:
-    """Put requests into the memory; the parameters stay what they are.
-
-    Args:
-      model: configuration and tokenizer.
-      config: see `IKE`.
-      params: not changed.
-      requests: one whose prompt is in the memory takes the old one's place.
-      stats: not used.
-      state: the memory so far; None for none.
-
-    Returns:
-      The same parameters, the memory as state; see `answering_ike` for how it answers.
-
-    Raises:
-      UserError: for requests that cannot be edited, or an encoder that gives no vectors.
-
-    Reference: arXiv 2305.12740.
-
-    >>> config = IKE(encoder=lambda texts: np.ones((len(texts), 2)))
-    >>> facts = [Request("Rome is in", "Rome", "France")]
-    >>> len(edit_ike(Editable(None, None), config, {}, facts).state.requests)
-    1
-    """
-    del stats
-    memory = remember(_encoder(model, config, params), state, requests)
-    return Edited(params, memory, Info({}, {"entries": len(memory.requests)}))
-
-
 def answering_ike(model: Editable, config: IKE, params: Any, state: Memory | None) -> Answering:
     """Give the base model, and the prompt that it sees: demonstrations, the fact, the prompt.
 
@@ -115,18 +79,19 @@ def answering_ike(model: Editable, config: IKE, params: Any, state: Memory | Non
       state: the memory; None for the unedited model.
 
     >>> from jaxsys.models import lm
+    >>> from jaxsys.edit.memory import edit_memory
     >>> import jax
     >>> lm_config = lm.LMConfig("llama", 256, 8, 1, 2, 2, 4, 12, 64)
     >>> model, params = Editable(lm_config, None), lm.init(jax.random.key(0), lm_config)
     >>> config = IKE(encoder=lambda texts: np.ones((len(texts), 2)))
-    >>> state = edit_ike(model, config, params, [Request("Rome is in", "Rome", "France")]).state
+    >>> state = edit_memory(model, config, params, [Request("Rome is in", "Rome", "France")]).state
     >>> answering_ike(model, config, params, state).rewrite("Rome lies in")
     'New Fact: Rome is in France\\nPrompt: Rome lies in'
     """
     base = from_lm(params, model.config)
     if state is None:
         return Answering(base)
-    encode = _encoder(model, config, params)
+    encode = encoder_of(model, config, params)
     shown = demonstrations(config.demonstrations) if config.k else []
     codes = checked_codes(encode, shown) if shown else np.zeros((0, state.codes.shape[1]))
 
@@ -141,7 +106,3 @@ def answering_ike(model: Editable, config: IKE, params: Any, state: Memory | Non
         return "\n\n".join([*(shown[int(i)] for i in chosen), edit])
 
     return Answering(base, rewrite)
-
-
-def _encoder(model: Editable, config: IKE, params: Any) -> Encoder:
-    return config.encoder or own_encoder(model, params, config.layer)

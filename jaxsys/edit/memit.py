@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.edit.contract import Editable, Edited, Request, check_requests
-from jaxsys.edit.defaults import settle
-from jaxsys.edit.prefixes import MEMIT_SAMPLES
+from jaxsys.edit.closed import prepare
+from jaxsys.edit.contract import Editable, Edited, Request
 from jaxsys.edit.solves import ridge
 from jaxsys.edit.spread import add_keys, keys_of, spread
-from jaxsys.edit.stats import Statistics, need
-from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+from jaxsys.edit.stats import Statistics
+from jaxsys.edit.targets import TargetConfig, Targets
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,6 @@ class MemitConfig:
     weight: float | None = None
     sequential: bool = False
     target: TargetConfig = field(default_factory=TargetConfig)
-
-
-def targets(
-    model: Editable, config: MemitConfig, params: Any, requests: Sequence[Request]
-) -> Targets:
-    """Find the values of many requests at a time, for edits that each start from ``params``.
-
-    >>> targets(Editable(None, None), MemitConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
-    """
-    for request in requests:
-        check_requests([request])
-    chosen = settle(config, "memit", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
 
 
 def edit(
@@ -75,7 +58,7 @@ def edit(
       requests: N.
       stats: C of every layer.
       state: layer to S_l, from the batch before; only with ``sequential``.
-      found: from `targets`, if it has been called.
+      found: from `closed.targets`, if it has been called.
 
     Raises:
       UserError: for requests that contradict one another, missing statistics, or a change that is
@@ -92,11 +75,7 @@ def edit(
     ...
     jaxsys.core.errors.UserError: MEMIT got no statistics of the keys of layers 0 1 2; make them ...
     """
-    check_requests(requests)
-    chosen = settle(config, "memit", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "MEMIT", chosen.layers)
-    if found is None:
-        found = find_targets(model, params, requests, chosen.layers[-1], "layer", chosen.target)
+    chosen, stats, found = prepare("memit", model, config, params, requests, stats, found)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moment = chosen.weight * stats.moment(layer).astype(np.float64)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsys.core.errors import UserError
-from jaxsys.edit.contract import Editable, Request, check_requests
+from jaxsys.edit.contract import Editable, Edited, Info, Request, check_requests
 from jaxsys.edit.editable import check_length, round_up
 from jaxsys.models import lm
 
@@ -113,6 +113,52 @@ def remember(encode: Encoder, state: Memory | None, requests: Sequence[Request])
     stay = [i for i, r in enumerate(old.requests) if r.prompt.strip() not in prompts]
     kept = tuple(old.requests[i] for i in stay)
     return Memory((*kept, *requests), np.concatenate([old.codes[stay], new]))
+
+
+def encoder_of(model: Editable, config: Any, params: Any) -> Encoder:
+    """Give the encoder of a method with a memory: the one in its config, or the model's own.
+
+    >>> from types import SimpleNamespace
+    >>> encoder_of(Editable(None, None), SimpleNamespace(encoder=len, layer=0), {})
+    <built-in function len>
+    """
+    return config.encoder or own_encoder(model, params, config.layer)
+
+
+def edit_memory(
+    model: Editable,
+    config: Any,
+    params: Any,
+    requests: Sequence[Request],
+    stats: Any = None,
+    state: Memory | None = None,
+) -> Edited:
+    """Put requests into the memory; the parameters stay what they are.
+
+    Args:
+      model: configuration and tokenizer.
+      config: `serac.SERAC` or `ike.IKE`.
+      params: not changed.
+      requests: one whose prompt is in the memory takes the old one's place.
+      stats: not used.
+      state: the memory so far; None for none.
+
+    Returns:
+      The same parameters, the memory as state; how it answers is for `serac.answering_serac` and
+      `ike.answering_ike`.
+
+    Raises:
+      UserError: for requests that cannot be edited, or an encoder that gives no vectors.
+
+    >>> from jaxsys.edit.ike import IKE
+    >>> config = IKE(encoder=lambda texts: np.ones((len(texts), 2)))
+    >>> facts = [Request("Rome is in", "Rome", "France")]
+    >>> len(edit_memory(Editable(None, None), config, {}, facts).state.requests)
+    1
+    """
+    del stats
+    memory = remember(encoder_of(model, config, params), state, requests)
+    return Edited(params, memory, Info({}, {"entries": len(memory.requests)}))
 
 
 def checked_codes(encode: Encoder, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:

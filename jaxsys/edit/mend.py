@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 
 from jaxsys.core.errors import UserError
 from jaxsys.edit.contract import Editable, Edited, Info, Request
-from jaxsys.edit.editable import add_delta, get_matrix, with_leaf
+from jaxsys.edit.editable import get_matrix, with_leaf
+from jaxsys.edit.factors import apply
 from jaxsys.edit.mend_editor import Editor, Pairs, load_editor, shape_name, transform
 from jaxsys.edit.rows import Answers, checked, log_probs, mean_nll, rows_of
 from jaxsys.models import lm
@@ -196,8 +197,8 @@ def edit_mend(
                 f"the edit of {path} is not finite; expected numbers; train the editor again, with "
                 "a lower rate"
             )
-        params = add_delta(model.config, params, path, *factors[path])
-    return Edited(params, state, Info(factors, {"loss": np.asarray(losses), "steps": 1}))
+    info = Info(factors, {"loss": np.asarray(losses), "steps": 1})
+    return Edited(apply(model, params, info), state, info)
 
 
 @partial(jax.jit, static_argnames=("config", "layer", "paths", "names"))

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.edit.contract import Editable, Edited, Request, check_requests
-from jaxsys.edit.defaults import settle
+from jaxsys.edit.closed import prepare
+from jaxsys.edit.contract import Editable, Edited, Request
 from jaxsys.edit.editable import down_name
-from jaxsys.edit.prefixes import MEMIT_SAMPLES
 from jaxsys.edit.solves import ridge
 from jaxsys.edit.spread import spread
-from jaxsys.edit.stats import Statistics, need
-from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+from jaxsys.edit.stats import Statistics
+from jaxsys.edit.targets import TargetConfig, Targets
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,6 @@ class PmetConfig:
     layers: tuple[int, ...] | None = None
     weight: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
-
-
-def targets(
-    model: Editable, config: PmetConfig, params: Any, requests: Sequence[Request]
-) -> Targets:
-    """Find the values of many requests at a time, for edits that each start from ``params``.
-
-    >>> targets(Editable(None, None), PmetConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
-    """
-    for request in requests:
-        check_requests([request])
-    chosen = settle(config, "pmet", model, params, MEMIT_SAMPLES)
-    return find_targets(model, params, requests, chosen.layers[-1], "joint", chosen.target)
 
 
 def edit(
@@ -73,7 +56,7 @@ def edit(
       requests: N.
       stats: C of every layer.
       state: passed on; PMET keeps none.
-      found: from `targets`, if it has been called.
+      found: from `closed.targets`, if it has been called.
 
     Raises:
       UserError: as MEMIT.
@@ -89,11 +72,7 @@ def edit(
     ...
     jaxsys.core.errors.UserError: PMET got no statistics of the keys of layers 0 1 2; make them ...
     """
-    check_requests(requests)
-    chosen = settle(config, "pmet", model, params, MEMIT_SAMPLES)
-    stats = need(stats, "PMET", chosen.layers)
-    if found is None:
-        found = find_targets(model, params, requests, chosen.layers[-1], "joint", chosen.target)
+    chosen, stats, found = prepare("pmet", model, config, params, requests, stats, found)
 
     def solve(layer: int, k: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moment = chosen.weight * stats.moment(layer).astype(np.float64)

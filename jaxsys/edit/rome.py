@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxsys.core.errors import UserError
-from jaxsys.edit.contract import Editable, Edited, Info, Request, check_requests
-from jaxsys.edit.defaults import settle
+from jaxsys.edit.closed import prepare
+from jaxsys.edit.contract import Editable, Edited, Info, Request
 from jaxsys.edit.editable import add_delta, matrix_path
 from jaxsys.edit.factors import check_finite
 from jaxsys.edit.keys import KeyReader
-from jaxsys.edit.prefixes import ROME_SAMPLES
 from jaxsys.edit.solves import rank_one
-from jaxsys.edit.stats import Statistics, need
-from jaxsys.edit.targets import TargetConfig, Targets, find_targets
+from jaxsys.edit.stats import Statistics
+from jaxsys.edit.targets import TargetConfig, Targets
 
 
 @dataclass(frozen=True)
@@ -49,22 +48,6 @@ class RRomeConfig(RomeConfig):
     consistent: bool = True
 
 
-def targets(
-    model: Editable, config: RomeConfig, params: Any, requests: Sequence[Request]
-) -> Targets:
-    """Find the values of many requests at a time, for edits that each start from ``params``.
-
-    >>> targets(Editable(None, None), RomeConfig(), {}, [Request("Paris is in", "Rome", "Gaul")])
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: request 0: the prompt 'Paris is in' does not name ...
-    """
-    for request in requests:
-        check_requests([request])
-    chosen = settle(config, "rome", model, params, ROME_SAMPLES)
-    return find_targets(model, params, requests, chosen.layer, "mlp", chosen.target)
-
-
 def edit(
     model: Editable,
     config: RomeConfig,
@@ -90,7 +73,7 @@ def edit(
       requests: exactly one.
       stats: of the layer's keys, unless ``config.statistics`` is off.
       state: passed on; ROME keeps none.
-      found: from `targets`, if it has been called.
+      found: from `closed.targets`, if it has been called.
 
     Raises:
       UserError: for more than one request, missing statistics, or a change that is not finite.
@@ -106,20 +89,16 @@ def edit(
     ...
     jaxsys.core.errors.UserError: ROME got no statistics of the keys of layers 1; make them ...
     """
-    check_requests(requests)
     if len(requests) > 1:
         raise UserError(
             f"ROME got {len(requests)} requests; it takes one at a time; edit one after the other "
             "(turns.edit_all) or use MEMIT"
         )
-    chosen = settle(config, "rome", model, params, ROME_SAMPLES)
+    chosen, stats, found = prepare("rome", model, config, params, requests, stats, found)
     layer, path = chosen.layer, matrix_path(model.config, chosen.layer)
     moment = factor = None
     if chosen.statistics:
-        stats = need(stats, "ROME", (layer,))
         moment, factor = stats.moment(layer), stats.factor(layer)
-    if found is None:
-        found = find_targets(model, params, requests, layer, "mlp", chosen.target)
     reader = KeyReader(model, params, requests, chosen.target.prefixes)
     keys, outputs = (x[0] for x in reader.read(params, layer))
     direction = keys.mean(axis=0)

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.edit.contract import Answering, Editable, Edited, Info, Record, Request
+from jaxsys.edit.contract import Answering, Editable, Record
 from jaxsys.edit.memory import (
     Encoder,
     Memory,
     checked_codes,
-    own_encoder,
-    remember,
+    encoder_of,
     squared_distances,
 )
 from jaxsys.evaluate.protocol import from_lm
@@ -62,42 +61,6 @@ class SERAC:
             )
 
 
-def edit_serac(
-    model: Editable,
-    config: SERAC,
-    params: Any,
-    requests: Sequence[Request],
-    stats: Any = None,
-    state: Memory | None = None,
-) -> Edited:
-    """Put requests into the memory; the parameters stay what they are.
-
-    Args:
-      model: configuration and tokenizer.
-      config: see `SERAC`.
-      params: not changed.
-      requests: one whose prompt is in the memory takes the old one's place.
-      stats: not used.
-      state: the memory so far; None for none.
-
-    Returns:
-      The same parameters, the memory as state; see `answering_serac` for how it answers.
-
-    Raises:
-      UserError: for requests that cannot be edited, or an encoder that gives no vectors.
-
-    Reference: arXiv 2206.06520.
-
-    >>> config = SERAC(encoder=lambda texts: np.ones((len(texts), 2)))
-    >>> facts = [Request("Rome is in", "Rome", "France")]
-    >>> len(edit_serac(Editable(None, None), config, {}, facts).state.requests)
-    1
-    """
-    del stats
-    memory = remember(_encoder(model, config, params), state, requests)
-    return Edited(params, memory, Info({}, {"entries": len(memory.requests)}))
-
-
 def answering_serac(model: Editable, config: SERAC, params: Any, state: Memory | None) -> Answering:
     """Give the base model, and the prompt that it sees: with a fact before it, or as it is.
 
@@ -108,11 +71,13 @@ def answering_serac(model: Editable, config: SERAC, params: Any, state: Memory |
       state: the memory; None for the unedited model.
 
     >>> from jaxsys.models import lm
+    >>> from jaxsys.edit.contract import Request
+    >>> from jaxsys.edit.memory import edit_memory
     >>> import jax
     >>> lm_config = lm.LMConfig("llama", 256, 8, 1, 2, 2, 4, 12, 64)
     >>> config = SERAC(encoder=lambda texts: np.array([[float("Rome" in t)] for t in texts]))
     >>> model, params = Editable(lm_config, None), lm.init(jax.random.key(0), lm_config)
-    >>> state = edit_serac(model, config, params, [Request("Rome is in", "Rome", "France")]).state
+    >>> state = edit_memory(model, config, params, [Request("Rome is in", "Rome", "France")]).state
     >>> rewrite = answering_serac(model, config, params, state).rewrite
     >>> rewrite("Rome lies in"), rewrite("Oslo is in")
     ('Rome is in France.\\nRome lies in', 'Oslo is in')
@@ -120,7 +85,7 @@ def answering_serac(model: Editable, config: SERAC, params: Any, state: Memory |
     base = from_lm(params, model.config)
     if state is None:
         return Answering(base)
-    encode = _encoder(model, config, params)
+    encode = encoder_of(model, config, params)
 
     def rewrite(prompt: str) -> str:
         far = squared_distances(checked_codes(encode, [prompt])[0], state.codes)
@@ -165,6 +130,7 @@ def fit_scope(encode: Encoder, records: Sequence[Record]) -> Scope:
     Raises:
       UserError: without a paraphrase or without a neighbour.
 
+    >>> from jaxsys.edit.contract import Request
     >>> encode = lambda texts: np.array([[float(len(t))] for t in texts])
     >>> fact = Record(Request("ab", "ab", "c"), ("abc",), (("abcde", "d"),))
     >>> fit_scope(encode, [fact]).accuracy
@@ -189,7 +155,3 @@ def fit_scope(encode: Encoder, records: Sequence[Record]) -> Scope:
     right = [(np.less(inside, b).mean() + np.greater(outside, b).mean()) / 2 for b in borders]
     best = int(np.argmax(right))
     return Scope(float(np.log(2) / borders[best]), float(right[best]))
-
-
-def _encoder(model: Editable, config: SERAC, params: Any) -> Encoder:
-    return config.encoder or own_encoder(model, params, config.layer)

@@ -11,7 +11,7 @@ import pytest
 from jaxsys.core.errors import UserError
 from jaxsys.data import train_bpe
 from jaxsys.data.tokenizer import LMTokenizer
-from jaxsys.edit import alphaedit, emmet, factors, memit, pmet, rome, stats
+from jaxsys.edit import alphaedit, closed, emmet, factors, memit, pmet, rome, stats
 from jaxsys.edit.contract import Editable, Info, Request
 from jaxsys.edit.editable import add_delta, encode, get_matrix, matrix_path
 from jaxsys.edit.methods import METHODS
@@ -119,7 +119,7 @@ def test_descent_keeps_to_its_ball_and_stops_early(llama, facts):
 def test_rome_makes_the_matrix_say_the_value(form, facts, request):
     model, params = request.getfixturevalue(form)
     config = rome.RomeConfig(1, statistics=False, target=TARGET)
-    found = rome.targets(model, config, params, facts[:1])
+    found = closed.targets("rome", model, config, params, facts[:1])
     edited = rome.edit(model, config, params, facts[:1], found=found)
     said = looked_at(model, edited.params, facts[0], point_of(model, 1))
     np.testing.assert_allclose(said, found.value[0], rtol=1e-4, atol=1e-4)
@@ -136,7 +136,7 @@ def test_rome_makes_the_matrix_say_the_value(form, facts, request):
 def test_r_rome_moves_the_mean_over_prefixes(llama, facts, moments):
     model, params = llama
     config = rome.RRomeConfig(1, target=TARGET)
-    found = rome.targets(model, config, params, facts[:1])
+    found = closed.targets("rome", model, config, params, facts[:1])
     edited = rome.edit(model, config, params, facts[:1], moments, found=found)
     said = [
         looked_at(model, edited.params, facts[0], point_of(model, 1), prefix)
@@ -200,7 +200,7 @@ def test_alphaedit_adds_keys_to_its_state_and_none_begins_anew(llama, facts, mom
 
 def test_emmet_and_pmet_write_what_they_say(llama, facts, moments):
     model, params = llama
-    found = pmet.targets(model, pmet.PmetConfig((0, 1), 1e-6, TARGET), params, facts)
+    found = closed.targets("pmet", model, pmet.PmetConfig((0, 1), 1e-6, TARGET), params, facts)
     for module, config in (
         (emmet, emmet.EmmetConfig((1,), 1.0, 0.0, 0.0, replace(TARGET, prefixes=()))),
         (pmet, pmet.PmetConfig((1,), 1e-6, replace(TARGET, prefixes=()))),

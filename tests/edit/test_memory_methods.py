@@ -5,9 +5,9 @@ import pytest
 
 from jaxsys.core.errors import UserError
 from jaxsys.edit.contract import Record, Request
-from jaxsys.edit.ike import IKE, answering_ike, demonstrations, edit_ike
-from jaxsys.edit.memory import own_encoder, remember
-from jaxsys.edit.serac import SERAC, answering_serac, edit_serac, fit_scope
+from jaxsys.edit.ike import IKE, answering_ike, demonstrations
+from jaxsys.edit.memory import edit_memory, own_encoder, remember
+from jaxsys.edit.serac import SERAC, answering_serac, fit_scope
 
 WORDS = ("rome", "oslo", "ada", "linux", "city")
 
@@ -29,9 +29,9 @@ def encode(texts):
 def test_serac_answers_within_its_scope_only(llama, facts):
     model, params = llama
     config = SERAC(scale=1.0, encoder=encode)
-    one = edit_serac(model, config, params, facts)
+    one = edit_memory(model, config, params, facts)
     other = [facts[0]._replace(target="Spain")]
-    two = edit_serac(model, config, one.params, other, state=one.state)
+    two = edit_memory(model, config, one.params, other, state=one.state)
     assert two.params is params
     assert [r.target for r in two.state.requests] == ["oud", "Spain"]
     rewrite = answering_serac(model, config, params, two.state).rewrite
@@ -68,7 +68,7 @@ def test_ike_puts_the_likest_demonstrations_nearest(llama, facts):
     )
     assert len(demonstrations(shown)) == 4
     config = IKE(shown, k=2, encoder=encode)
-    state = edit_ike(model, config, params, facts).state
+    state = edit_memory(model, config, params, facts).state
     prompt = answering_ike(model, config, params, state).rewrite("Ada has a")
     assert prompt.split("\n\n")[-1] == "New Fact: Ada plays the oud\nPrompt: Ada has a"
     assert prompt.split("\n\n")[-2] == "New Fact: Oslo is old\nPrompt: Ada is new"
