@@ -1,19 +1,17 @@
 """Start the workers of a job on this machine, over the links asked for, and follow them."""
 
 import dataclasses
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxsys.cluster import LaunchReport, available, format_rate, launch, netlab, parse_rate
+from jaxsys.cluster.events import Listener
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import append_jsonl, atomic_write
+from jaxsys.core.report import atomic_write
 from jaxsys.localsgd.job import Job
-from jaxsys.localsgd.worker import EVENT, MISTAKE
 
 Link = Literal["auto", "netlab", "emulated", "none"]
 
@@ -94,19 +92,7 @@ def run_workers(
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "job.json", job.to_json())
-    began = time.monotonic()
-    mistakes: list[str] = []
-
-    def on_line(worker: int, line: str) -> None:
-        if line.startswith(EVENT):
-            event = json.loads(line[len(EVENT) :]) | {"at_s": time.monotonic() - began}
-            append_jsonl(out / "events.jsonl", event)
-            on_event(event)
-        elif line.startswith(MISTAKE):
-            mistakes.append(line[len(MISTAKE) :])
-        else:
-            with (out / "workers.log").open("a") as log:
-                log.write(f"[{worker}] {line}\n")
+    listener = Listener(out, on_event)
 
     rates = links.bandwidth[0] if len(links.bandwidth) == 1 else links.bandwidth
     start = {"event": "start", "link": kind, "bandwidth": list(links.bandwidth), "workers": workers}
@@ -119,24 +105,22 @@ def run_workers(
             place = {"wrap": lab.wrap, "host": lab.addresses[0]}
         if warning is not None:
             start["warning"] = warning
-        append_jsonl(out / "events.jsonl", start | {"at_s": 0.0})
-        on_event(start | {"at_s": 0.0})
+        listener.tell(start)
         report = launch(
             [sys.executable, "-m", "jaxsys.localsgd.worker", str(out / "job.json")],
             workers,
             restarts=restarts,
-            on_line=on_line,
+            on_line=listener,
             port=port,
             pin=kind != "none",
             **place,
         )
-    if report.exit_code and mistakes:
-        raise UserError(mistakes[0])
+    if report.exit_code and listener.mistakes:
+        raise UserError(listener.mistakes[0])
     if report.exit_code:
-        tail = (out / "workers.log").read_text().splitlines()[-15:]
         raise RuntimeError(
             f"worker {report.attempts[-1].first_failed} ended with status "
-            f"{report.attempts[-1].code}; its last lines were:\n" + "\n".join(tail)
+            f"{report.attempts[-1].code}; its last lines were:\n{listener.tail()}"
         )
     return report
 

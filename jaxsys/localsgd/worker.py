@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxsys.cluster import join, leave
+from jaxsys.cluster.events import say, say_mistake
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import to_json
 from jaxsys.localsgd.job import Job, run
 from jaxsys.train import NonFiniteError
-
-EVENT, MISTAKE = "@jaxsys ", "!jaxsys "
 
 
 def main(job_file: str) -> None:
@@ -24,14 +22,14 @@ def main(job_file: str) -> None:
 
         def emit(event: dict[str, Any]) -> None:
             if first:
-                print(EVENT + to_json(event), flush=True)
+                say(event)
 
         run(job, emit)
     except UserError as error:
-        print(f"{MISTAKE}{error}", flush=True)
+        say_mistake(error)
         leave(2)
     except NonFiniteError as error:
-        print(f"{MISTAKE}{error}", flush=True)
+        say_mistake(error)
         leave(3)
 
 
