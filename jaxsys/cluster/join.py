@@ -59,6 +59,7 @@ def join(
     heartbeat_s: int = 10,
     init_timeout_s: int = 60,
     shutdown_s: int = 10,
+    distributed: bool = True,
 ) -> Membership:
     """Join the job that this process was started for; call it before JAX is first used.
 
@@ -74,6 +75,8 @@ def join(
       heartbeat_s: silence after which a member counts as dead and the others are ended, in seconds.
       init_timeout_s: how long to wait for all members, in seconds.
       shutdown_s: how long a member that ends waits for the others, in seconds.
+      distributed: whether JAX itself joins the processes, as its collectives need it; without, each
+        keeps a JAX of its own and a lost member ends nobody else's.
 
     Returns:
       The membership.
@@ -102,7 +105,7 @@ def join(
     if member is None:
         member = Membership(0, 1, None, "single")
     _set_cpu_devices(local_devices)
-    if member.num_processes > 1:
+    if member.num_processes > 1 and distributed:
         _initialize(member, local_device_ids, heartbeat_s, init_timeout_s, shutdown_s)
     _joined = member
     return member

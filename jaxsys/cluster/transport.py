@@ -66,6 +66,10 @@ class Transport(Protocol):
         """
         ...
 
+    def expect(self, source: int, key: Key, specs: Sequence[Any]) -> None:
+        """Say that a message will be received, so that its bytes may move beforehand."""
+        ...
+
     def receive(self, source: int, key: Key, specs: Sequence[Any]) -> list[np.ndarray]:
         """Wait for a message.
 
@@ -82,8 +86,12 @@ class Transport(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Finish sending what was handed over, then part."""
+    def close(self, lost: PeerLost | None = None) -> None:
+        """Finish sending what was handed over, then part.
+
+        Args:
+          lost: why, where that is the loss of another process; the others are told.
+        """
         ...
 
 
@@ -142,6 +150,9 @@ class InMemory:
         with self._changed:
             return (source, self.rank, key) in self._boxes
 
+    def expect(self, source: int, key: Key, specs: Sequence[Any]) -> None:
+        """Do nothing: what is sent is there at once."""
+
     def receive(self, source: int, key: Key, specs: Sequence[Any]) -> list[np.ndarray]:
         """Wait for a message."""
         check_peer(source, self.rank, self.size)
@@ -150,7 +161,7 @@ class InMemory:
             self._changed.wait_for(lambda: name in self._boxes)
             return self._boxes.pop(name)
 
-    def close(self) -> None:
+    def close(self, lost: PeerLost | None = None) -> None:
         """Do nothing: there is nothing under way."""
 
 

@@ -1,0 +1,132 @@
+"""Named arrays by JAX's own transfer engine: buffers go from device to device, not through Python.
+
+The engine moves the arrays; a `Sockets` transport beside it exchanges addresses and notices lost
+processes, which the engine does only where a connection ends.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jaxsys.cluster.sockets import Sockets
+from jaxsys.cluster.transport import Key, PeerLost, check_peer, message_bytes
+
+_ADDRESS_KEY = (-1, -1)
+_ADDRESS_BYTES = 64
+_LOOK_S = 0.25  # between two looks at whether the sender is still there
+_NAMING_S = 2.0  # for which a broken pull waits to learn who is lost
+
+
+class Engine:
+    """The transport of one process over `jax.experimental.transfer`.
+
+    Every process of the job must make one, at the same time.
+
+    Args:
+      control: connected sockets of the same job.
+
+    Attributes:
+      rank: this process's number.
+      size: how many processes there are.
+      sent_bytes: receiver to bytes offered so far, with a header for each message as other
+        transports have it; the engine's own frames are not known.
+
+    >>> from jaxsys.cluster.join import Membership
+    >>> from jaxsys.cluster.sockets import connect
+    >>> Engine(connect(Membership(0, 1, None, "single"))).sent_bytes
+    {}
+    """
+
+    def __init__(self, control: Sockets) -> None:
+        self.rank, self.size = control.rank, control.size
+        self.sent_bytes = dict.fromkeys(control.sent_bytes, 0)
+        self._control = control
+        self._peers: dict[int, Any] = {}
+        self._under_way: dict[tuple[int, Key], Future[list[np.ndarray]]] = {}
+        self._waiters = ThreadPoolExecutor(64, thread_name_prefix="engine")
+        if not self.sent_bytes:
+            return
+        self._server = _start_server(control.host)
+        own = np.frombuffer(self._server.address().encode().ljust(_ADDRESS_BYTES), np.uint8)
+        for peer in self.sent_bytes:
+            control.send(peer, _ADDRESS_KEY, [own])
+        for peer in self.sent_bytes:
+            (theirs,) = control.receive(peer, _ADDRESS_KEY, [own])
+            self._peers[peer] = self._server.connect(theirs.tobytes().decode().strip())
+
+    def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
+        """Offer a message to its receiver; returns at once."""
+        import jax.numpy as jnp
+
+        check_peer(to, self.rank, self.size)
+        self._control.check()
+        self.sent_bytes[to] += message_bytes(arrays)
+        offered = [jnp.asarray(x) for x in arrays if x.size]
+        if offered:
+            self._server.await_pull(_number(self.rank, to, key), offered)
+
+    def expect(self, source: int, key: Key, specs: Sequence[Any]) -> None:
+        """Begin to fetch a message as soon as it is offered."""
+        import jax
+
+        check_peer(source, self.rank, self.size)
+        if (source, key) in self._under_way:
+            return
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = [
+            jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here)
+            for s in specs
+            if np.prod(s.shape, dtype=np.int64)
+        ]
+        number = _number(source, self.rank, key)
+        pulled = iter(self._peers[source].pull(number, wanted) if wanted else ())
+
+        def wait() -> list[np.ndarray]:
+            return [
+                np.asarray(next(pulled))
+                if np.prod(s.shape, dtype=np.int64)
+                else np.zeros(s.shape, s.dtype)
+                for s in specs
+            ]
+
+        self._under_way[source, key] = self._waiters.submit(wait)
+
+    def receive(self, source: int, key: Key, specs: Sequence[Any]) -> list[np.ndarray]:
+        """Wait for a message."""
+        self.expect(source, key, specs)
+        future = self._under_way.pop((source, key))
+        left = round(_NAMING_S / _LOOK_S)
+        while True:
+            try:
+                return future.result(_LOOK_S)
+            except TimeoutError:
+                self._control.check()
+            except Exception as error:  # the engine's own types differ between versions
+                self._control.check()
+                left -= 1
+                if left == 0:
+                    raise PeerLost(source, str(error).partition("\n")[0]) from error
+                self._control.pause(_LOOK_S)
+
+    def close(self, lost: PeerLost | None = None) -> None:
+        """Wait until all others have come to their end too, then part."""
+        self._control.close(lost)
+        self._waiters.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_server(host: str) -> Any:
+    """Start the engine's server: the only place that knows this experimental part of JAX."""
+    import jax
+    from jax.experimental import transfer
+
+    address = f"[{host}]:0" if ":" in host else f"{host}:0"
+    return transfer.start_transfer_server(jax.local_devices()[0].client, address, [address])
+
+
+def _number(source: int, target: int, key: Key) -> int:
+    """Number a message; the engine knows no keys."""
+    digest = hashlib.blake2b(repr((source, target, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
