@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxsys.core import graph
+from jaxsys.core import stages
 from jaxsys.core.mesh import REPLICA
 from jaxsys.core.timeline import Span
 from jaxsys.core.tree import Layer
@@ -144,7 +144,7 @@ def overlapped_local_sgd(
     optimizer: optax.GradientTransformation,
     layers: Sequence[Layer],
     strategy: Strategy,
-    staged: graph.StagedLoss,
+    staged: stages.StagedLoss,
     wire: Wire,
 ) -> Overlapped:
     """Build partial local SGD for one worker process, with communication hidden behind compute.
@@ -245,7 +245,9 @@ def overlapped_local_sgd(
     return Overlapped(init, step, settle, lambda state: state.params)
 
 
-def cut_loss(loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]) -> graph.StagedLoss:
+def cut_loss(
+    loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]
+) -> stages.StagedLoss:
     """Cut a loss at its layers, one stage per layer in forward order.
 
     >>> import jax.numpy as jnp
@@ -253,12 +255,12 @@ def cut_loss(loss_fn: LossFn, params: Any, batch: Any, layers: Sequence[Layer]) 
     >>> len(cut_loss(loss, {"w": jnp.zeros(1)}, jnp.ones(1), [Layer("w", (0,))]).stages)
     1
     """
-    return graph.cut(loss_fn, params, (batch,), [layer.leaves for layer in reversed(layers)])
+    return stages.cut(loss_fn, params, (batch,), [layer.leaves for layer in reversed(layers)])
 
 
 def _backward(
-    staged: graph.StagedLoss,
-    tape: graph.Tape,
+    staged: stages.StagedLoss,
+    tape: stages.Tape,
     grads: list[Any],
     layers: Sequence[Layer],
     clock: _Clock,

@@ -19,9 +19,9 @@ from jaxsys.cluster import interface_bytes, join
 from jaxsys.core import tree
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
-from jaxsys.core.graph import StagedLoss
 from jaxsys.core.mesh import REPLICA, device_pair, on_cpu
 from jaxsys.core.report import atomic_write
+from jaxsys.core.stages import StagedLoss
 from jaxsys.localsgd import host, profile, profiling
 from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.exchange import divergence

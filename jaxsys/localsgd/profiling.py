@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.core.cost import LinearCost, PoorFitError, fit_linear
-from jaxsys.core.graph import StagedLoss
+from jaxsys.core.stages import StagedLoss
 from jaxsys.localsgd.codec import codec_bytes
 from jaxsys.localsgd.host import Overlapped
 from jaxsys.localsgd.profile import Compute, Weather

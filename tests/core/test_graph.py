@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.core import graph, tree
+from jaxsys.core import graph, stages, tree
 from jaxsys.core.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_cut_equals_grad(loss_fn):
     assert by_use == ["embed", "blocks.0.w", "blocks.1.w", "blocks.2.w"]
 
     groups = [(names.index(n),) for n in by_use]
-    staged = graph.cut(loss_fn, params, (tokens,), groups)
+    staged = stages.cut(loss_fn, params, (tokens,), groups)
     tape = staged.forward(params, tokens)
     want_loss, want = jax.value_and_grad(loss_fn)(params, tokens)
     np.testing.assert_allclose(tape.loss, want_loss, rtol=1e-6)
@@ -72,7 +72,7 @@ def test_equal_blocks_share_programs():
     tokens = jnp.array([[0, 1, 2, 3]])
     names = tree.paths(params)
     groups = [(names.index(n),) for n in ("embed", *(f"blocks.{i}.w" for i in range(4)))]
-    staged = graph.cut(plain, params, (tokens,), groups)
+    staged = stages.cut(plain, params, (tokens,), groups)
     middle = {id(stage.forward) for stage in staged.stages[1:4]}
     assert len(middle) == 1
     assert len({id(stage.forward) for stage in staged.stages}) == 3
@@ -90,7 +90,7 @@ def test_two_leaves_of_one_group_and_integers_between_stages():
         return jnp.sum((y @ p["c"]) ** 2 * (1 + top[:, None]))
 
     x = jnp.arange(6.0).reshape(2, 3)
-    staged = graph.cut(loss_fn, params, (x,), [(0, 1), (2,)])
+    staged = stages.cut(loss_fn, params, (x,), [(0, 1), (2,)])
     got = {}
     for _, grads in staged.backward(staged.forward(params, x)):
         got.update(grads)
@@ -107,8 +107,8 @@ def test_refusals():
         return jnp.sum(x @ p["a"] @ p["b"])
 
     with pytest.raises(UserError, match="order of first use"):
-        graph.cut(loss_fn, params, (x,), [(1,), (0,)])
+        stages.cut(loss_fn, params, (x,), [(1,), (0,)])
     with pytest.raises(UserError, match="one scalar"):
-        graph.cut(lambda p, x: x @ p["a"], params, (x,), [(0,), (1,)])
+        stages.cut(lambda p, x: x @ p["a"], params, (x,), [(0,), (1,)])
     with pytest.raises(UserError, match="does not use"):
-        graph.cut(lambda p, x: jnp.sum(x @ p["a"]), params, (x,), [(0,), (1,)])
+        stages.cut(lambda p, x: jnp.sum(x @ p["a"]), params, (x,), [(0,), (1,)])
