@@ -13,7 +13,7 @@ about 20 s. Cells go to `results/curve_MODEL/cells.jsonl`; the half-done sequenc
 
 Facts: CounterFact from its first record on, one after the other, weights kept (the paper's
 protocol). Abilities, chosen for what so small a model can do at all: ARC-Easy by likelihood (the
-first 40 questions), the same set answered in writing (the first 16, listed choices; says how often
+first 50 questions), the same set answered in writing (the first 16, listed choices; says how often
 the model is mute or repeats itself), nats per token on 1,024 tokens of WikiText-2's test text. The
 paper's own benchmarks (MMLU, GSM8K, BBH) are at chance for this model before any edit; its safety
 sets (TruthfulQA, ToxiGen) are not in the data folder: give them as `--task FILE.jsonl`.
@@ -95,7 +95,7 @@ def tasks_of(given: argparse.Namespace) -> list[Task]:
     own = [load_task(path) for path in given.task]
     texts = [load_task("wikitext2")]
     return [
-        load_task("arc_easy").head(40),
+        load_task("arc_easy").head(50),
         load_task("arc_easy_written").head(16),
         *texts,
         *own,

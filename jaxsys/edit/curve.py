@@ -327,7 +327,7 @@ class Grid:
 
     def _keep(self, chosen: Chosen, params: Any, state: Any, n: int, spent_s: float) -> None:
         folder = self._folder(chosen)
-        if folder is not None and self.config.batch and n < max(self.config.counts):
+        if folder is not None and self.config.batch:  # the last too: a later run may go further
             notes = {"n": n, "settings": self._settings(chosen, n), "edit_s": spent_s}
             keep(folder, params, self.params, state, notes)
 
