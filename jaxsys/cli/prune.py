@@ -170,14 +170,12 @@ def run_run(config: RunCommand) -> dict[str, Any] | None:
 
 def run_compare(config: CompareCommand) -> dict[str, Any]:
     """Print the table while it grows, and draw the figure."""
-    import json
-
     from jaxsys.core.report import append_jsonl, atomic_write, markdown_table, print_table
     from jaxsys.data import python_docs, read_text
     from jaxsys.evaluate.open import open_model
     from jaxsys.prune.blocks import lm_blocks
     from jaxsys.prune.calibrate import calibration
-    from jaxsys.prune.compare import compare, held_out_perplexity, plot, summarise
+    from jaxsys.prune.compare import compare, held_out_perplexity, known_rows, plot, summarise
     from jaxsys.prune.patterns import parse_pattern
 
     patterns = tuple(
@@ -199,8 +197,10 @@ def run_compare(config: CompareCommand) -> dict[str, Any]:
     }
     file = None if config.out is None else config.out / "compare.jsonl"
     rows = []
-    if file is not None and file.exists():
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    if config.out is not None:
+        fixed = ("model", "sequences", "length", "windows")
+        settings = {name: getattr(config, name) for name in fixed}
+        rows = known_rows(config.out, settings, {"calibration text": text, "test text": test})
     evaluate = held_out_perplexity(
         opened.config, opened.tokenizer, test, length=config.length, windows=config.windows
     )

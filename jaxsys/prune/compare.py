@@ -1,7 +1,10 @@
 """Many methods on one model: a table, and a figure of perplexity by method and pattern."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -138,6 +141,44 @@ def held_out_perplexity(
         return {"perplexity": found.per_token, "nats": found.nats_per_token}
 
     return evaluate
+
+
+def known_rows(
+    folder: Path, settings: Mapping[str, Any], texts: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Read the rows of a comparison that go on in a folder; a new one notes its settings there.
+
+    Args:
+        folder: with ``compare.json``, the settings, and ``compare.jsonl``, the rows, if any.
+        settings: what must be the same for rows to be compared, such as the model.
+        texts: as well, by name; their hashes are noted.
+
+    Returns:
+        Rows that are done.
+
+    Raises:
+        UserError: if the folder holds rows of other settings.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> known_rows(folder, {"length": 8}, {"text": "a b"})
+    []
+    """
+    noted, file = folder / "compare.json", folder / "compare.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    prints = {k: hashlib.blake2b(v.encode(), digest_size=8).hexdigest() for k, v in texts.items()}
+    mine = json.loads(report.to_json(dict(settings) | prints))
+    if not rows:
+        report.atomic_write(noted, report.to_json(mine) + "\n")
+        return []
+    held = json.loads(noted.read_text()) if noted.exists() else {}
+    for name, value in mine.items():
+        if held.get(name) != value:
+            raise UserError(
+                f"{folder} holds another comparison: for {name} it has {held.get(name)} and this one "
+                f"{value}; give the same settings or another folder"
+            )
+    return rows
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:

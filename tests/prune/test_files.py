@@ -163,6 +163,8 @@ def test_the_command_prunes_and_compares(tmp_path, capsys):
     assert main(table) == 0  # every row is known
     assert json.loads(capsys.readouterr().out)["rows"] == rows
     assert (tmp_path / "table" / "compare.png").exists()
+    assert main([*table, "--windows", "2"]) == 2  # those rows are of other windows
+    assert "for windows it has 1 and this one 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
