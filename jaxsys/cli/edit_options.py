@@ -54,13 +54,14 @@ def settings_of(config: Any, default: str = "rome") -> tuple[str, Any, Any]:
 
     name = config.method or default
     method = find_method(METHODS, name)
-    given = _json(config.settings)
+    given = read_settings(config.settings)
     if config.layers:
         given["layers"] = config.layers
     return name, method, configure(name, method, given)
 
 
-def _json(path: Path | None) -> dict[str, Any]:
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """Read a JSON object; nothing for no file."""
     import json
 
     if path is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxsys.cli.edit_options import Facts, ModelName, read_requests, read_stats
+from jaxsys.cli.edit_options import Facts, ModelName, read_requests, read_settings, read_stats
 from jaxsys.cli.options import Common, Output
 from jaxsys.core.errors import UserError
 
@@ -19,7 +19,9 @@ class CurveCommand(Facts, Common):
       json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for cells.jsonl (cells that are there are not done again), curve.md, curve.png.
       seed: Seed of the sampled texts.
-      methods: To compare.
+      methods: To compare: editing methods, or names of your own that --settings explains.
+      settings: JSON file: name to fields of that method's configuration; a name of your own also
+        says of which "method", as in {"plain": {"method": "rome", "statistics": false}}.
       counts: Edits after which the model is evaluated.
       batch: Facts of one edit; 0 makes all n edits at once from the unedited model, for each n.
       task: Built-in tasks (see jaxsys lm eval --help), or .jsonl or .txt files.
@@ -34,6 +36,7 @@ class CurveCommand(Facts, Common):
 
     model: ModelName
     methods: tuple[str, ...] = ("rome", "memit")
+    settings: Path | None = None
     counts: tuple[int, ...] = (0, 1, 5, 10, 20, 50, 100)
     batch: int = 1
     task: tuple[str, ...] = ("arc_easy", "openbookqa")
@@ -58,6 +61,7 @@ class TraceCommand(Facts, Common):
       prompt: The text before the answer, with the subject in it, for one fact.
       subject: What that fact is about.
       answer: The answer whose probability is followed; what the model itself says by default.
+      kinds: What to restore: layer, mlp, attention; layers to edit are chosen by mlp.
       samples: Draws of noise.
       noise: Its size in standard deviations of the subjects' embeddings.
       window: Blocks restored together for feed-forward parts and attention.
@@ -68,6 +72,7 @@ class TraceCommand(Facts, Common):
     prompt: str | None = None
     subject: str | None = None
     answer: str | None = None
+    kinds: tuple[str, ...] = ("layer", "mlp", "attention")
     samples: int = 10
     noise: float = 3.0
     window: int = 10
@@ -103,16 +108,13 @@ class StatsCommand(Output):
 def run_curve(config: CurveCommand) -> dict[str, Any]:
     """Print the table while it grows, and draw the figure."""
     from jaxsys.core.report import atomic_write, markdown_table, print_table
-    from jaxsys.edit.contract import find_method
-    from jaxsys.edit.curve import Chosen, CurveConfig, Grid
+    from jaxsys.edit.curve import CurveConfig, Grid
     from jaxsys.edit.curve_figure import curve_table, draw_curve
     from jaxsys.edit.evaluation import EvaluationConfig
     from jaxsys.edit.files import open_for_editing
-    from jaxsys.edit.methods import METHODS
     from jaxsys.evaluate import load_task
 
-    found = [find_method(METHODS, name) for name in config.methods]
-    chosen = [Chosen(n, m, m.config()) for n, m in zip(config.methods, found, strict=True)]
+    chosen = _compared(config)
     tasks = [load_task(name, config.data).head(config.questions) for name in config.task]
     records = read_requests(config)
     how = EvaluationConfig(config.answer_tokens, config.fluency_tokens, seed=config.seed)
@@ -147,6 +149,31 @@ def run_curve(config: CurveCommand) -> dict[str, Any]:
     return {"model": config.model, "cells": cells}
 
 
+def _compared(config: CurveCommand) -> list[Any]:
+    """Make the methods of a curve, each with its settings."""
+    from jaxsys.edit.contract import find_method
+    from jaxsys.edit.curve import Chosen
+    from jaxsys.edit.methods import METHODS
+    from jaxsys.edit.protocol import configure
+
+    settings = read_settings(config.settings)
+    unknown = sorted(set(settings) - set(config.methods))
+    if unknown:
+        raise UserError(
+            f"--settings has fields for {', '.join(unknown)}, which --methods does not name; add "
+            "the name there or leave it out"
+        )
+    chosen = []
+    for name in config.methods:
+        own = settings.get(name, {})
+        if not isinstance(own, dict):
+            raise UserError(f"--settings has a {type(own).__name__} for {name}; expected an object")
+        given = dict(own)
+        method = find_method(METHODS, given.pop("method", name))
+        chosen.append(Chosen(name, method, configure(name, method, given)))
+    return chosen
+
+
 def run_trace(config: TraceCommand) -> dict[str, Any]:
     """Print the layers that matter, and draw them."""
     from jaxsys.core.report import atomic_write, save_figure, to_json
@@ -156,6 +183,11 @@ def run_trace(config: TraceCommand) -> dict[str, Any]:
     from jaxsys.edit.trace_figure import heat_map, mean_effects
     from jaxsys.evaluate.run import progress_bar
 
+    if "mlp" not in config.kinds:
+        raise UserError(
+            f"--kinds names {' '.join(config.kinds) or 'nothing'}; layers are chosen by what mlp "
+            "brings back; add mlp"
+        )
     one = config.prompt is not None and config.subject is not None
     if one == (config.records is not None):
         raise UserError(
@@ -175,10 +207,18 @@ def run_trace(config: TraceCommand) -> dict[str, Any]:
     with progress_bar("trace") as bar:
         for request in requests:
             follow = config.answer if one else request.truth
-            how = {"samples": config.samples, "noise": config.noise, "window": config.window}
             found.append(
                 trace(
-                    editable, params, request, follow=follow, sigma=sigma, seed=config.seed, **how
+                    editable,
+                    params,
+                    request,
+                    kinds=config.kinds,
+                    follow=follow,
+                    samples=config.samples,
+                    noise=config.noise,
+                    sigma=sigma,
+                    window=config.window,
+                    seed=config.seed,
                 )
             )
             bar(len(found), len(requests))

@@ -114,17 +114,43 @@ def test_curve_goes_on_where_it_stopped(facts, tmp_path, capsys):
     task.write_text('{"context": "One and one is", "choices": ["two", "six"], "answer": 0}')
     how = ["--records", str(facts), "--methods", "ft-m", "--task", str(task), "--json"]
     how += ["--out", str(tmp_path / "out"), "--answer-tokens", "0"]
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"mine": {"method": "ft-m", "layers": [1], "steps": 3}}')
+    how[3:4] = ["mine", "--settings", str(settings)]
     for counts in (["0", "1"], ["0", "1", "2"]):
         assert main(["edit", "curve", "tiny", *how, "--counts", *counts]) == 0
         captured = capsys.readouterr()
     cells = json.loads(captured.out)["cells"]
-    assert [cell["n"] for cell in cells] == [0, 1, 2]
+    assert [(cell["method"], cell["n"]) for cell in cells] == [
+        ("unedited", 0),
+        ("mine", 1),
+        ("mine", 2),
+    ]
     assert captured.err.count("method ") == 1  # two cells were there
     assert {f.name for f in (tmp_path / "out").iterdir()} >= {
         "cells.jsonl",
         "curve.md",
         "curve.png",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"rome": {}}', "which --methods does not name"),
+        ('{"ft-m": 3}', "has a int for ft-m"),
+        ('{"ft-m": {"stepz": 3}}', "has no setting 'stepz'"),
+        ('{"ft-m": {"method": "roam"}}', "is no editing method"),
+    ],
+)
+def test_settings_of_a_curve_that_say_nothing_end_with_status_2(
+    text, sentence, facts, tmp_path, capsys
+):
+    settings = tmp_path / "settings.json"
+    settings.write_text(text)
+    how = ["--records", str(facts), "--methods", "ft-m", "--settings", str(settings)]
+    assert main(["edit", "curve", "tiny", *how]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_statistics_are_made_and_read(tmp_path, capsys):
