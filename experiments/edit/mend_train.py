@@ -5,9 +5,10 @@
 
 The facts are records 2,000 to 4,999 of `JAXSYS_DATA/edit/counterfact.json`, of which the first
 `--records` are used; it is tried on records 5,000 and on, none of which the table of methods uses.
-A killed run goes on from its last checkpoint in FOLDER/run; the residual streams that training
-reads are made once and kept in FOLDER/streams.npz. The authors take up to 100,000 steps with a rate
-of 1e-6; this is a hundredth of that with larger rates, which is said beside every figure.
+A killed run goes on from its last checkpoint in FOLDER/run, and a finished one with more `--steps`;
+the residual streams that training reads are made once and kept in FOLDER/streams.npz. The authors
+take up to 100,000 steps with a rate of 1e-6; this is a hundredth of that with larger rates, which
+is said beside every figure.
 
 Expected: 200 steps with `--records 120 --try-on 10` took the loss of the new answers from about 7.5
 to 2.5 nats per token; of ten unseen facts 0.9 were then edited (unedited 0.3), 0.9 of their
@@ -18,6 +19,7 @@ and the share of unseen facts that an edit makes likelier than the old answer.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -29,7 +31,7 @@ import numpy as np
 
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.measure import machine
-from jaxsys.core.report import atomic_write, to_json
+from jaxsys.core.report import append_jsonl, atomic_write, to_json
 from jaxsys.data import load_tokenizer
 from jaxsys.edit.contract import Editable, Record, Request
 from jaxsys.edit.mend import MEND, edit_mend
@@ -102,15 +104,18 @@ def run(args: argparse.Namespace) -> None:
     ready = streams(args, model, params, learned)
     prepared_s = time.monotonic() - start_s
     print(f"{ready.has.shape[1]} facts ready in {prepared_s:.0f} s", flush=True)
-    log: list[dict[str, float]] = []
+    store = RunStore(args.out / "run", keep=1)
+    told = args.out / "log.jsonl"
+    # Of the starts before this one, up to the checkpoint that it goes on from.
+    log = {row["step"]: row for row in read_log(told) if row["step"] <= done(store)}
 
     def on_step(i: int, row: dict[str, float]) -> bool:
-        log.append({"step": i, **row, "s": round(time.monotonic() - start_s, 1)})
+        log[i] = {"step": i, **row, "s": round(time.monotonic() - start_s, 1)}
+        append_jsonl(told, log[i])
         if i % 10 == 0:
-            print(to_json(log[-1]), flush=True)
+            print(to_json(log[i]), flush=True)
         return time.monotonic() - start_s > 60 * args.minutes
 
-    store = RunStore(args.out / "run", keep=1)
     meta = {"model": args.model, "first": args.first, "records": args.records}
     trained = train_editor(model, params, ready, settings, store=store, on_step=on_step, meta=meta)
     save_editor(args.out, trained.editor)
@@ -118,9 +123,9 @@ def run(args: argparse.Namespace) -> None:
         "model": args.model,
         "settings": asdict(settings),
         "facts": int(ready.has.shape[1]),
-        "steps_done": log[-1]["step"] + 1 if log else args.steps,
+        "steps_done": done(store) + 1,
         "prepared_s": round(prepared_s, 1),
-        "log": log[:: max(1, len(log) // 60)],
+        "log": thinned([log[i] for i in sorted(log)]),
         "tried": {
             name: attempt(model, params, unseen, editor)
             for name, editor in {"unedited": None, "trained": trained.editor}.items()
@@ -132,6 +137,24 @@ def run(args: argparse.Namespace) -> None:
         atomic_write(RESULTS / "mend_train.json", to_json(result) + "\n")
 
 
+def done(store: RunStore) -> int:
+    """Give the step of the newest checkpoint, -1 before the first."""
+    latest = store.latest()
+    return -1 if latest is None else latest
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """Read what earlier starts said of their steps."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def thinned(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Give about sixty means over steps that follow one another."""
+    size = max(1, len(rows) // 60)
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [{k: round(float(np.mean([r[k] for r in part])), 4) for k in part[0]} for part in parts]
+
+
 def streams(args: argparse.Namespace, model: Editable, params: dict, records: tuple) -> Prepared:
     """Read the streams of an earlier start, or make and keep them."""
     file = args.out / "streams.npz"
@@ -139,7 +162,7 @@ def streams(args: argparse.Namespace, model: Editable, params: dict, records: tu
         with np.load(file, allow_pickle=False) as held:
             answers = Answers(held["at"], held["ids"], held["mask"])
             return Prepared(held["streams"], answers, held["has"])
-    ready = prepare(model, params, records, tokens=24, rows_per_call=16, progress=told)
+    ready = prepare(model, params, records, tokens=24, rows_per_call=16, progress=progress)
     args.out.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name("unfinished.npz")
     np.savez(temporary, streams=ready.streams, has=ready.has, **ready.answers._asdict())
@@ -147,10 +170,10 @@ def streams(args: argparse.Namespace, model: Editable, params: dict, records: tu
     return ready
 
 
-def told(done: int, of: int) -> None:
+def progress(now: int, of: int) -> None:
     """Say how far the preparation is."""
-    if done % 320 == 0:
-        print(f"{done} of {of} texts", flush=True)
+    if now % 320 == 0:
+        print(f"{now} of {of} texts", flush=True)
 
 
 def attempt(model: Editable, params: dict, records: tuple, editor: Editor | None) -> dict:
