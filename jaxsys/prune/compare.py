@@ -175,8 +175,8 @@ def known_rows(
     for name, value in mine.items():
         if held.get(name) != value:
             raise UserError(
-                f"{folder} holds another comparison: for {name} it has {held.get(name)} and this one "
-                f"{value}; give the same settings or another folder"
+                f"{folder} holds another comparison: for {name} it has {held.get(name)} and this "
+                f"one {value}; give the same settings or another folder"
             )
     return rows
 

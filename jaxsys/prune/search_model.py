@@ -123,8 +123,10 @@ def lm_statistics(
     if not {"G", "G1"} & set(names):
         return stats
     pairs = block_gradients(blocks, flat, tokens)
+    # Each is as large as the model: only what is asked for is kept.
+    places = [(i, field) for i, field in enumerate(("G", "G1")) if field in names]
     return {
-        k: s._replace(G=jnp.asarray(pairs[k][0]), G1=jnp.asarray(pairs[k][1]))
+        k: s._replace(**{field: jnp.asarray(pairs[k][i]) for i, field in places})
         for k, s in stats.items()
     }
 
