@@ -12,11 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the time of the tests is compiling; machine code that is not optimised saves a third of
 # it, and jaxlib 0.10's older way of making that code half of the rest (an unknown flag would end
-# the process, so no other version is given it). What is set outside wins: `.ci/run` has the newest
-# Python's tests run optimised code, made in the usual way.
+# the process, so no other version is given it). What is set outside wins: `.ci/run` has a part of
+# the newest Python's tests run optimised code, made in the usual way.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + version("jaxlib").startswith("0.10.")
     * " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )

@@ -98,7 +98,8 @@ def test_equals_oracle(rule, launch, driver):
 def test_drivers_agree(name):
     strategy = presets(4)[name]
     phases = make_plan(strategy, [1.0] * 3, [2.0] * 3).phases
-    results = [_run(strategy, phases, driver)[0] for driver in ("vmap", "pmap", "shard_map")]
+    drivers = ("vmap", "shard_map", *(["pmap"] if name in ("dreamddp", "streaming") else []))
+    results = [_run(strategy, phases, driver)[0] for driver in drivers]
     for other in results[1:]:
         for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
