@@ -77,9 +77,13 @@ class Listener:
         Args:
           event: what JSON can hold.
         """
-        event = event | {"at_s": time.monotonic() - self.began_s}
+        event = event | {"at_s": self.now_s()}
         append_jsonl(self.out / "events.jsonl", event)
         self._on_event(event)
+
+    def now_s(self) -> float:
+        """Give the seconds since the start."""
+        return time.monotonic() - self.began_s
 
     def tail(self, lines: int = 15) -> str:
         """Give the last lines of the log.
