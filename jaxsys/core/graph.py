@@ -1,31 +1,21 @@
-"""The operation graph of any JAX loss, and the order in which parameter leaves are used.
+"""The operation graph of any JAX loss: its blocks, what they cost and what passes between them.
 
-A function is traced once to a jaxpr and calls of `jit` are inlined; `jaxsys.core.stages` cuts it.
-
-Equations that depend on no data (masks, casts of parameters) belong to the first stage that needs
-them, so that casting all parameters at the top of a loss does not defeat the cut.
+A function is traced once (`jaxsys.core.traced`); its main equations are grouped into nodes, and
+`jaxsys.core.stages` cuts between nodes.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-from jax.extend import core as jex
-
+from jaxsys.core import tree
 from jaxsys.core.errors import UserError
+from jaxsys.core.flops import Count
+from jaxsys.core.residuals import kept, value_bytes
+from jaxsys.core.traced import Graph, leaf_starts, pieces, place, trace_loss
 
-
-class _Graph(NamedTuple):
-    """A flat jaxpr with what the cut needs to know of it."""
-
-    eqns: list[Any]
-    leaf_vars: list[Any]
-    data_vars: list[Any]
-    consts: dict[Any, Any]
-    outvars: list[Any]
-    on_data: set[Any]  # variables that depend on data
-    uses: list[set[int]]  # per equation on data: leaves that meet data in it
+GRANULARITIES = ("layer", "scope", "primitive")
 
 
 class Node(NamedTuple):
@@ -37,7 +27,8 @@ class Node(NamedTuple):
       leaves: indices of the parameter leaves that it reads, in flattening order.
       inputs: indices of the nodes that make what it reads, all smaller than its own.
       output_bytes: bytes that later nodes read, each value once.
-      saved_bytes: bytes that its backward pass keeps from its forward pass, parameters left out.
+      saved_bytes: bytes that its backward pass keeps from its forward pass, parameters left out; a
+        value that several nodes keep counts for the first.
 
     >>> Node("h.0", 1e6, (0, 1), (), 1024, 4096).name
     'h.0'
@@ -96,125 +87,170 @@ class Dag(NamedTuple):
     uncounted: tuple[str, ...] = ()
 
 
-def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """Apply one equation: the only place that depends on how JAX stores an equation."""
-    outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return outs if eqn.primitive.multiple_results else [outs]
-
-
-def _evaluate(eqns: Sequence[Any], env: dict[Any, Any], *, inline: bool = False) -> None:
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-    for eqn in eqns:
-        values = [read(v) for v in eqn.invars]
-        if inline and eqn.primitive.name in ("jit", "pjit", "closed_call"):
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            scope = dict(zip(inner.jaxpr.constvars, inner.consts, strict=True))
-            scope.update(zip(inner.jaxpr.invars, values, strict=True))
-            _evaluate(inner.jaxpr.eqns, scope, inline=True)
-            outs = [v.val if isinstance(v, jex.Literal) else scope[v] for v in inner.jaxpr.outvars]
-        else:
-            outs = _bind(eqn, values)
-        env.update(zip(eqn.outvars, outs, strict=True))
-
-
-def _trace(fn: Callable[..., Any], params: Any, data: tuple[Any, ...]) -> _Graph:
-    flat, treedef = jax.tree.flatten((params, data))
-    n_leaves = len(jax.tree.leaves(params))
-
-    def flat_fn(*args: Any) -> Any:
-        p, d = jax.tree.unflatten(treedef, args)
-        return fn(p, *d)
-
-    outer = jax.make_jaxpr(flat_fn)(*flat)
-    if len(outer.jaxpr.outvars) != 1 or getattr(outer.out_avals[0], "shape", None) != ():
-        raise UserError(
-            f"the loss returns {[a.str_short() for a in outer.out_avals]}; expected one scalar; "
-            "return the loss alone"
-        )
-
-    def inlined(*args: Any) -> Any:
-        env = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
-        env.update(zip(outer.jaxpr.invars, args, strict=True))
-        _evaluate(outer.jaxpr.eqns, env, inline=True)
-        out = outer.jaxpr.outvars[0]
-        return out.val if isinstance(out, jex.Literal) else env[out]
-
-    closed = jax.make_jaxpr(inlined)(*flat)
-    jaxpr = closed.jaxpr
-    leaf_vars, data_vars = list(jaxpr.invars[:n_leaves]), list(jaxpr.invars[n_leaves:])
-    on_data = set(data_vars)
-    origin: dict[Any, set[int]] = {v: {i} for i, v in enumerate(leaf_vars)}
-    uses: list[set[int]] = []
-    for eqn in jaxpr.eqns:
-        inputs = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-        leaves = set().union(*(origin.get(v, set()) for v in inputs)) if inputs else set()
-        if any(v in on_data for v in inputs):
-            on_data.update(eqn.outvars)
-            uses.append(leaves)
-        else:
-            origin.update((v, leaves) for v in eqn.outvars)
-            uses.append(set())
-    consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    return _Graph(
-        list(jaxpr.eqns), leaf_vars, data_vars, consts, list(jaxpr.outvars), on_data, uses
-    )
-
-
-def first_use(loss_fn: Callable[..., Any], params: Any, *data: Any) -> tuple[int, ...]:
-    """Tell when each parameter leaf is first used on data.
+def dag(loss_fn: Callable[..., Any], params: Any, *data: Any, granularity: str = "layer") -> Dag:
+    """Trace a loss to its operation graph.
 
     Args:
-      loss_fn: ``loss_fn(params, *data) -> scalar``.
+      loss_fn: ``loss_fn(params, *data) -> scalar``; it is traced, not run.
       params: tree of arrays or of `jax.ShapeDtypeStruct`.
-      *data: the other arguments, likewise.
+      *data: the other arguments, likewise: one micro-batch.
+      granularity: a node for each module, the leaves that share a parent path, from its first use
+        on (``layer``); for each outermost `jax.named_scope`, what lies outside belonging to the one
+        before (``scope``); or for each equation (``primitive``). Between two modules there may be
+        equations without parameters: the border lies where the fewest bytes cross, or else as late
+        as possible.
 
     Returns:
-      Per leaf, in flattening order, the index of the equation that first joins it with data. A leaf
-      that never meets data (or is unused) gets the number of equations.
+      The graph, each node with its cost.
+
+    Raises:
+      UserError: unknown granularity, side effects, shapes that depend on data, a loss that is not
+        one scalar, or leaves that it does not use.
+
+    Reference: Reconstruction: FusionLLM (arXiv 2410.12707) describes nodes by operator, producers,
+    users, shapes and operations; blocks, ownership and what is repeated are ours.
 
     >>> import jax.numpy as jnp
-    >>> p = {"b": jnp.ones((3, 1)), "a": jnp.ones((2, 3))}
-    >>> first_use(lambda p, x: jnp.sum((x @ p["a"]) @ p["b"]), p, jnp.ones((1, 2)))
-    (0, 1)
+    >>> def loss(p, x):
+    ...     return jnp.sum((x @ p["in"]["w"]) @ p["out"]["w"])
+    >>> p = {"in": {"w": jnp.ones((2, 3))}, "out": {"w": jnp.ones((3, 1))}}
+    >>> graph = dag(loss, p, jnp.ones((4, 2)))
+    >>> [(node.name, node.flops, node.inputs) for node in graph.nodes]
+    [('in', 48.0, ()), ('out', 28.0, (0,))]
+    >>> graph.edges[0].n_bytes
+    48
     """
-    graph = _trace(loss_fn, params, data)
-    return _first_use(graph)
+    graph = trace_loss(loss_fn, params, *data, apart=True)
+    paths = tree.paths(params)
+    names, starts = blocks(graph, paths, granularity)
+    where, parts = place(graph, starts), pieces(graph, starts)
+    avals, equations = graph.program.avals, graph.program.equations
+    seen, cache = set(range(graph.n_leaves)) | set(graph.program.constants), {}
+    edges, nodes, uncounted = [], [], []
+    for k, part in enumerate(parts):
+        values = sorted(set().union(*(graph.reads[i] for i in part if where[i] >= 0)))
+        crossing = [v for v in values if v in graph.maker and where[graph.maker[v]] != k]
+        for v in crossing:
+            n_bytes = value_bytes(avals[v])
+            source = where[graph.maker[v]]
+            edges.append(Edge(source, k, n_bytes, v, v in graph.differentiable))
+        saved_bytes = 0
+        for i in part:
+            keeps = kept(equations[i], avals, graph.differentiable, cache)
+            saved_bytes += keeps.extra_bytes
+            saved_bytes += sum(value_bytes(avals[v]) for v in keeps.values if v not in seen)
+            seen.update(keeps.values)
+        cost = sum((graph.counts[i] for i in part), start=Count(0.0, False))
+        uncounted += [names[k]] * cost.unknown
+        leaves = tuple(v for v in values if v < graph.n_leaves)
+        inputs = tuple(sorted({where[graph.maker[v]] for v in crossing}))
+        nodes.append(Node(names[k], cost.flops, leaves, inputs, 0, saved_bytes))
+    sent = [0] * len(nodes)
+    for edge in {e.value: e for e in edges}.values():
+        sent[edge.source] += edge.n_bytes
+    nodes = [node._replace(output_bytes=n) for node, n in zip(nodes, sent, strict=True)]
+    leaf_bytes = tuple(value_bytes(avals[v]) for v in range(graph.n_leaves))
+    return Dag(tuple(nodes), tuple(edges), leaf_bytes, paths, tuple(uncounted))
 
 
-def _first_use(graph: _Graph) -> tuple[int, ...]:
-    first = [len(graph.eqns)] * len(graph.leaf_vars)
-    for index, leaves in enumerate(graph.uses):
-        for leaf in leaves:
-            first[leaf] = min(first[leaf], index)
-    return tuple(first)
+def blocks(
+    graph: Graph, paths: Sequence[str], granularity: str
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Find where the nodes of a graph begin; see `dag`.
 
+    Args:
+      graph: from `trace_loss`.
+      paths: dotted path of each leaf.
+      granularity: ``layer``, ``scope`` or ``primitive``.
 
-def _assign(graph: _Graph, groups: Sequence[Sequence[int]]) -> list[int | None]:
-    """Give every equation its stage; `None` where nothing uses it."""
-    first = _first_use(graph)
-    starts = [min(first[j] for j in group) for group in groups]
-    if any(later < earlier for earlier, later in itertools.pairwise(starts)):
+    Returns:
+      Names of the nodes, and the index of each one's first equation.
+
+    Raises:
+      UserError: as `dag`.
+
+    >>> import jax.numpy as jnp
+    >>> graph = trace_loss(lambda p, x: jnp.sum(p["w"] * x), {"w": jnp.ones(2)}, jnp.ones(2))
+    >>> blocks(graph, ("w",), "primitive")
+    (('mul', 'reduce_sum'), (0, 1))
+    """
+    if granularity not in GRANULARITIES:
         raise UserError(
-            f"the groups start at equations {starts}; expected the order of first use; sort the "
-            "groups with first_use"
+            f"granularity is {granularity!r}; expected one of {', '.join(GRANULARITIES)}; choose "
+            "one of them"
         )
-    stage_of: list[int | None] = [None] * len(graph.eqns)
-    needed_by: dict[Any, int] = {
-        v: len(groups) - 1 for v in graph.outvars if not isinstance(v, jex.Literal)
-    }
-    for index in reversed(range(len(graph.eqns))):
-        eqn = graph.eqns[index]
-        consumers = [needed_by[v] for v in eqn.outvars if v in needed_by]
-        if not consumers:
-            continue
-        if any(v in graph.on_data for v in eqn.outvars):
-            stage = max((k for k, start in enumerate(starts) if start <= index), default=0)
-        else:
-            stage = min(consumers)
-        stage_of[index] = stage
-        for v in eqn.invars:
-            if not isinstance(v, jex.Literal):
-                needed_by[v] = min(stage, needed_by.get(v, stage))
-    return stage_of
+    first = leaf_starts(graph)
+    unused = [path for path, i in zip(paths, first, strict=True) if i == len(graph.kinds)]
+    if unused:
+        raise UserError(
+            f"the loss does not use {len(unused)} of its parameters, such as {unused[0]!r}; "
+            "expected every leaf to reach it; remove them from the tree or freeze them"
+        )
+    find = {"layer": _layers, "scope": _scopes, "primitive": _primitives}[granularity]
+    found = find(graph, paths, first)
+    return _unique([name for _, name in found]), tuple(start for start, _ in found)
+
+
+def _main(graph: Graph) -> list[int]:
+    return [i for i, kind in enumerate(graph.kinds) if kind == "main"]
+
+
+def _primitives(graph: Graph, *_: Any) -> list[tuple[int, str]]:
+    return [(i, graph.program.equations[i].primitive.name) for i in _main(graph)]
+
+
+def _scopes(graph: Graph, *_: Any) -> list[tuple[int, str]]:
+    found: list[tuple[int, str]] = []
+    main = _main(graph)
+    for i in main:
+        scope = graph.program.equations[i].scope
+        if scope and (not found or found[-1][1] != scope):
+            found.append((i if found else main[0], scope))
+    if not found:
+        raise UserError(
+            "the loss has no jax.named_scope; granularity 'scope' needs one around every block; "
+            "add them or choose 'layer'"
+        )
+    return found
+
+
+def _layers(graph: Graph, paths: Sequence[str], first: Sequence[int]) -> list[tuple[int, str]]:
+    begins: dict[int, str] = {}
+    modules = [
+        (min(first[i] for i in layer.leaves), layer.name) for layer in tree.modules(tuple(paths))
+    ]
+    for start, name in sorted(modules):
+        begins.setdefault(start, name)
+    alive = _bytes_alive(graph)
+    main = _main(graph)
+    with_leaves = [i for i in main if min(graph.reads[i], default=0) < graph.n_leaves]
+    found = []
+    for start, name in begins.items():
+        before = bisect.bisect_left(with_leaves, start)
+        low = with_leaves[before - 1] + 1 if before else start
+        gap = main[bisect.bisect_left(main, low) : bisect.bisect_right(main, start)]
+        found.append((min(gap, key=lambda i: (alive[i], -i)), name))
+    return found
+
+
+def _bytes_alive(graph: Graph) -> list[int]:
+    """Count, per equation, the bytes of values made before it and read by it or later."""
+    change = [0] * (len(graph.kinds) + 1)
+    last: dict[int, int] = {}
+    for index in _main(graph):
+        last.update(dict.fromkeys(graph.reads[index], index))
+    for v, end in last.items():
+        made = graph.maker.get(v)
+        if made is not None and graph.kinds[made] != "sum":
+            change[made + 1] += value_bytes(graph.program.avals[v])
+            change[end + 1] -= value_bytes(graph.program.avals[v])
+    return list(itertools.accumulate(change))
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return tuple(result)

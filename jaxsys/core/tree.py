@@ -126,6 +126,24 @@ def group(names: Sequence[str], patterns: Sequence[str]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def modules(names: Sequence[str]) -> tuple[Layer, ...]:
+    """Group leaves by module: those that share a parent path belong together.
+
+    Args:
+      names: leaf paths in flattening order.
+
+    Returns:
+      Layers named by the parent path, in the order of their first leaves.
+
+    >>> modules(("h.0.b", "h.0.w", "ln"))
+    (Layer(name='h.0', leaves=(0, 1)), Layer(name='ln', leaves=(2,)))
+    """
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        found.setdefault(name.rpartition(".")[0] or name, []).append(i)
+    return tuple(Layer(name, tuple(leaves)) for name, leaves in found.items())
+
+
 def path_key(key: jax.Array, path: str) -> jax.Array:
     """Derive the random key of a path, the same on every process and in every Python run.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxsys.core import graph, tree
+from jaxsys.core import traced, tree
 from jaxsys.core.tree import Layer
 
 
@@ -45,14 +45,11 @@ def find_layers(
     """
     names = tree.paths(params)
     leaves = jax.tree.leaves(params)
-    first = graph.first_use(loss_fn, params, batch)
+    first = traced.first_use(loss_fn, params, batch)
     if patterns is not None:
         layers = list(tree.group(names, patterns))
     else:
-        modules: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            modules.setdefault(name.rpartition(".")[0] or name, []).append(i)
-        layers = [Layer(name, tuple(members)) for name, members in modules.items()]
+        layers = list(tree.modules(names))
     layers.sort(key=lambda layer: min(first[i] for i in layer.leaves))
     if min_bytes:
         layers = _join_small(layers, [tree.size_bytes(x) for x in leaves], min_bytes)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.core import graph, stages, tree
+from jaxsys.core import stages, traced, tree
 from jaxsys.core.errors import UserError
 
 
@@ -47,7 +47,7 @@ def rematerialised(params, tokens):
 def test_cut_equals_grad(loss_fn):
     params = _params(jax.random.key(0))
     tokens = jnp.array([[0, 1, 2, 3], [4, 3, 2, 1]])
-    order = graph.first_use(loss_fn, params, tokens)
+    order = traced.first_use(loss_fn, params, tokens)
     names = tree.paths(params)
     by_use = [names[i] for i in np.argsort(order, kind="stable")]
     assert by_use == ["embed", "blocks.0.w", "blocks.1.w", "blocks.2.w"]

@@ -1,0 +1,122 @@
+"""Floating-point operations of a function's equations, loop bodies times their trip counts.
+
+A product of matrices is 2 per multiplication and addition, a convolution likewise; a reduction is
+one per element read; moving data is free; every other operation is one per element written.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from jaxsys.core.equations import Equation, inner_jaxprs
+
+# fmt: off
+_FREE = frozenset((
+    "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice",
+    "dynamic_slice", "dynamic_update_slice", "concatenate", "pad", "gather", "rev", "iota",
+    "copy", "copy_p", "convert_element_type", "bitcast_convert_type", "stop_gradient",
+    "device_put", "sharding_constraint", "optimization_barrier", "split", "reduce_precision",
+    "random_wrap", "random_unwrap", "empty", "create_token", "broadcast", "pvary", "pcast",
+    "layout_constraint",
+))
+# fmt: on
+_READS = ("reduce_", "cum", "argmax", "argmin", "scatter")
+
+
+class Count(NamedTuple):
+    """Operations of an equation or a program.
+
+    Attributes:
+      flops: floating-point operations.
+      unknown: whether a loop of unknown length is in it, its body counted once.
+
+    >>> Count(2.0, False) + Count(1.0, True)
+    Count(flops=3.0, unknown=True)
+    """
+
+    flops: float
+    unknown: bool
+
+    def __add__(self, other: tuple) -> "Count":
+        return Count(self.flops + other[0], self.unknown or other[1])
+
+
+def count(equation: Equation, avals: Any) -> Count:
+    """Count one equation of a traced program.
+
+    Args:
+      equation: of the program.
+      avals: shapes by number of the value, the program's ``avals``.
+
+    Returns:
+      Its operations: of a scan the body times its length, of a while loop the body once (and
+      ``unknown``), of a cond the dearest branch.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxsys.core.equations import trace
+    >>> program = trace(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5)))
+    >>> count(program.equations[0], program.avals).flops
+    60.0
+    """
+    shapes = [_shape(avals[v] if isinstance(v, int) else v.aval) for v in equation.inputs]
+    outs = [_shape(avals[v]) for v in equation.outputs]
+    return _count(equation.primitive.name, equation.params, shapes, outs)
+
+
+def _shape(aval: Any) -> tuple[int, ...]:
+    return tuple(getattr(aval, "shape", ()))
+
+
+def _count(name: str, params: dict[str, Any], ins: list[Any], outs: list[Any]) -> Count:
+    written = sum(math.prod(s) for s in outs)
+    read = math.prod(ins[0]) if ins else 0
+    inner = [_jaxpr_count(j) for j in inner_jaxprs(params)]
+    if name == "cond":
+        return max(inner, key=lambda c: c.flops)._replace(unknown=any(c.unknown for c in inner))
+    if name == "scan":
+        return Count(params["length"] * inner[0].flops, inner[0].unknown)
+    if name == "while":
+        return Count(sum(c.flops for c in inner), True)
+    if name.startswith("scatter"):
+        return Count(float(math.prod(ins[-1])), False)
+    if inner and not name.startswith("reduce"):  # a call; a reduction counts what it reads
+        times = params["mesh"].size if name == "shard_map" else 1
+        return Count(times * inner[0].flops, inner[0].unknown)
+    return Count(float(_plain(name, params, ins, outs, read, written)), False)
+
+
+def _jaxpr_count(jaxpr: Any) -> Count:
+    total = Count(0.0, False)
+    for eqn in jaxpr.eqns:
+        ins = [_shape(v.aval) for v in eqn.invars]
+        total += _count(eqn.primitive.name, eqn.params, ins, [_shape(v.aval) for v in eqn.outvars])
+    return total
+
+
+def _plain(name: str, params: Any, ins: Any, outs: Any, read: int, written: int) -> float:
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        return 2.0 * written * math.prod(ins[0][axis] for axis in contract)
+    if name == "conv_general_dilated":
+        kernel = params["dimension_numbers"].rhs_spec  # (out, in / groups, space...)
+        return 2.0 * written * math.prod(ins[1]) / ins[1][kernel[0]]
+    if name.startswith("ragged_dot"):
+        return 2.0 * math.prod(ins[0]) * ins[1][-1]  # every row meets one matrix
+    if name in _FREE:
+        return 0.0
+    if name.startswith(("reduce_window", "select_and")):
+        return float(max(written, read)) * math.prod(params.get("window_dimensions", (1,)))
+    if name.startswith(_READS):
+        return float(read)
+    if name == "sort":
+        length = max(2, ins[0][params["dimension"]])
+        return float(read) * math.log2(length)
+    if name == "top_k":
+        return float(read)
+    if name == "fft":
+        return 5.0 * written * math.log2(max(2, math.prod(params["fft_lengths"])))
+    if name in ("cholesky", "lu", "qr", "householder_product", "eigh", "svd", "triangular_solve"):
+        *_, rows, columns = ins[0]
+        factor = {"cholesky": 1 / 3, "lu": 2 / 3, "eigh": 9.0, "svd": 12.0}.get(name, 2.0)
+        side = ins[1][-1] if name == "triangular_solve" else min(rows, columns)
+        return factor * read * side
+    return float(written)
