@@ -1,4 +1,4 @@
-"""A small residual network for small images, as a `flax.nnx` module.
+"""Residual networks as `flax.nnx` modules: a small one for small images, and the published ones.
 
 Normalisation is over groups of channels, not over the batch: batch statistics would be state that
 changes in the forward pass and would differ between replicas, while here ``loss(graphdef, params,
@@ -7,7 +7,8 @@ batch)`` stays a pure function of the parameters and one example does not influe
 Axes: ``B`` batch, ``Y`` and ``X`` image rows and columns, ``C`` channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -114,6 +115,196 @@ def _conv(width_in: int, width: int, size: int, stride: int, rngs: nnx.Rngs) -> 
     return nnx.Conv(
         width_in, width, (size, size), stride, use_bias=False, kernel_init=_he_normal, rngs=rngs
     )
+
+
+@dataclass(frozen=True)
+class DeepConfig:
+    """Describe a ResNet of four stages as published for ImageNet (He et al. 2015, table 1).
+
+    Args:
+        blocks: blocks in each stage; each stage is twice as wide and half as high as the last.
+        bottleneck: blocks of 1×1, 3×3 and 1×1 convolutions, four times as wide outside as inside,
+            rather than of two 3×3 ones.
+        n_channels: of the images.
+        n_classes: of the head.
+        width: channels of the first stage, a multiple of ``groups``.
+        groups: of the normalisation; 32 is Wu and He's number.
+        small_images: begin with a 3×3 convolution that keeps the resolution, as is usual for
+            images of 32×32, rather than with a 7×7 one of stride 2 and a 3×3 maximum of stride 2.
+
+    Raises:
+        UserError: for a width that the groups do not divide, or a stage without blocks.
+
+    >>> DeepConfig((2, 2, 2, 2)).depth, DeepConfig((3, 4, 23, 3), bottleneck=True).depth
+    (18, 101)
+    """
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool = False
+    n_channels: int = 3
+    n_classes: int = 1000
+    width: int = 64
+    groups: int = 32
+    small_images: bool = False
+
+    def __post_init__(self):
+        if self.width < 1 or self.groups < 1 or self.width % self.groups:
+            raise UserError(
+                f"width is {self.width} and groups is {self.groups}; the normalisation needs "
+                "groups of equal size; choose the width as a multiple of the groups"
+            )
+        if len(self.blocks) != 4 or min(self.blocks) < 1:
+            raise UserError(
+                f"blocks is {self.blocks}; the network has four stages of at least one block; "
+                "give four numbers from 1 up"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Count the weighted layers off the shortcuts: convolutions and the linear layer."""
+        return 2 + sum(self.blocks) * (3 if self.bottleneck else 2)
+
+
+NAMED = {
+    "resnet18": DeepConfig((2, 2, 2, 2)),
+    "resnet50": DeepConfig((3, 4, 6, 3), bottleneck=True),
+    "resnet101": DeepConfig((3, 4, 23, 3), bottleneck=True),
+}
+
+
+class DeepBlock(nnx.Module):
+    """A block of `DeepResNet`: relu(x' + norm(conv(… relu(norm(conv(x))) …))).
+
+    The way around is the identity, or a normalised 1×1 convolution where width or resolution
+    change. In a bottleneck the 3×3 convolution has the stride, as in the implementations in use
+    (the paper gives it to the first 1×1).
+
+    >>> config = DeepConfig((1, 1, 1, 1), bottleneck=True, width=4, groups=2)
+    >>> DeepBlock(4, 4, 2, config, rngs=nnx.Rngs(0))(jnp.zeros((1, 4, 4, 4))).shape
+    (1, 2, 2, 16)
+    """
+
+    def __init__(
+        self, width_in: int, width: int, stride: int, config: DeepConfig, *, rngs: nnx.Rngs
+    ):
+        width_out = width * (4 if config.bottleneck else 1)
+        if config.bottleneck:
+            layers = [(width_in, width, 1, 1), (width, width, 3, stride), (width, width_out, 1, 1)]
+        else:
+            layers = [(width_in, width, 3, stride), (width, width, 3, 1)]
+        self.layers = nnx.List([_Normed(*layer, config.groups, rngs) for layer in layers])
+        if stride == 1 and width_in == width_out:
+            self.shortcut = None
+        else:
+            self.shortcut = _Normed(width_in, width_out, 1, stride, config.groups, rngs)
+
+    def __call__(self, x: Float[Array, "B Y X C"]) -> Float[Array, "B Y2 X2 C2"]:
+        """Run the block."""
+        inner = x
+        for layer in self.layers[:-1]:
+            inner = jax.nn.relu(layer(inner))
+        inner = self.layers[-1](inner)
+        return jax.nn.relu(inner + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class _Normed(nnx.Module):
+    """A convolution and a normalisation, padded alike on all sides."""
+
+    def __init__(self, width_in, width, size, stride, groups, rngs):
+        side = (size // 2, size // 2)
+        self.conv = nnx.Conv(
+            width_in, width, (size, size), stride, padding=(side, side), use_bias=False,
+            kernel_init=_he_normal, rngs=rngs,
+        )  # fmt: skip
+        self.norm = nnx.GroupNorm(width, num_groups=groups, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+class DeepResNet(nnx.Module):
+    """A stem, four stages of blocks, the mean over the image, one linear layer.
+
+    Reference: He et al., arXiv 1512.03385; group normalisation: Wu and He, arXiv 1803.08494.
+
+    >>> model = nnx.eval_shape(lambda: DeepResNet(NAMED["resnet18"], rngs=nnx.Rngs(0)))
+    >>> len(model.blocks), model.head.kernel.shape
+    (8, (512, 1000))
+    """
+
+    def __init__(self, config: DeepConfig, *, rngs: nnx.Rngs):
+        size, stride = (3, 1) if config.small_images else (7, 2)
+        self.stem = _Normed(config.n_channels, config.width, size, stride, config.groups, rngs)
+        self.pooled = not config.small_images
+        blocks, width_in = [], config.width
+        for stage, count in enumerate(config.blocks):
+            width = config.width * 2**stage
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(DeepBlock(width_in, width, stride, config, rngs=rngs))
+                width_in = width * (4 if config.bottleneck else 1)
+        self.blocks = nnx.List(blocks)
+        self.head = nnx.Linear(width_in, config.n_classes, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "B Y X C"]) -> Float[Array, "B classes"]:
+        """Compute class logits."""
+        x = jax.nn.relu(self.stem(images))
+        if self.pooled:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # type: ignore
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def named(
+    name: str, *, n_channels: int = 3, n_classes: int = 1000, small_images: bool = False
+) -> tuple[Any, Callable[[Any], Any]]:
+    """Give a published ResNet by its name, making no parameters yet.
+
+    With 3 channels and 1,000 classes the networks have the 11,689,512, 25,557,032 and 44,549,160
+    parameters of the published ones: a group normalisation has as many as the batch normalisation
+    there, though other statistics, so weights do not carry over.
+
+    Args:
+        name: ``resnet18``, ``resnet50`` or ``resnet101``.
+        n_channels: of the images.
+        n_classes: of the head.
+        small_images: the stem for images of about 32×32; see `DeepConfig`.
+
+    Returns:
+        ``graphdef`` for `apply` and `loss`, and ``init(key) -> params``.
+
+    Raises:
+        UserError: unknown name.
+
+    >>> graphdef, init = named("resnet50")
+    >>> params = jax.eval_shape(init, jax.random.key(0))
+    >>> sum(x.size for x in jax.tree.leaves(params))
+    25557032
+    """
+    if name not in NAMED:
+        raise UserError(f"model {name!r} is not known; expected one of {', '.join(NAMED)}; use one")
+    config = replace(
+        NAMED[name], n_channels=n_channels, n_classes=n_classes, small_images=small_images
+    )
+    return built(config)
+
+
+def built(config: DeepConfig) -> tuple[Any, Callable[[Any], Any]]:
+    """Give a ResNet of any shape, making no parameters yet.
+
+    Args:
+        config: the network.
+
+    Returns:
+        ``graphdef`` for `apply` and `loss`, and ``init(key) -> params``.
+
+    >>> graphdef, init = built(DeepConfig((1, 1, 1, 1), n_classes=7, width=4, groups=2))
+    >>> apply(graphdef, init(jax.random.key(0)), jnp.zeros((2, 32, 32, 3))).shape
+    (2, 7)
+    """
+    graphdef, _ = split(nnx.eval_shape(lambda: DeepResNet(config, rngs=nnx.Rngs(0))))
+    return graphdef, lambda key: split(DeepResNet(config, rngs=nnx.Rngs(key)))[1]
 
 
 def split(model: nnx.Module) -> tuple[Any, Any]:

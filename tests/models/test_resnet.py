@@ -1,5 +1,6 @@
 """The residual network: its shape, its purity, and that it learns the digits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -108,3 +109,51 @@ def test_mistakes_are_said_in_one_sentence():
         resnet.ResNetConfig(width=12)
     with pytest.raises(UserError, match="state that are not parameters"):
         resnet.split(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "depth"),
+    [("resnet18", 11_689_512, 18), ("resnet50", 25_557_032, 50), ("resnet101", 44_549_160, 101)],
+)
+def test_published_networks_have_their_published_sizes(name, count, depth):
+    """torchvision's parameter counts, for 1,000 classes."""
+    _, init = resnet.named(name)
+    shapes = tree.flatten(jax.eval_shape(init, jax.random.key(0)))
+    assert sum(x.size for x in shapes.values()) == count
+    assert resnet.NAMED[name].depth == depth
+    kernels = [p for p in shapes if p.endswith("kernel") and "shortcut" not in p]
+    assert len(kernels) == depth
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_deep_networks_halve_the_image_where_they_should(bottleneck):
+    config = resnet.DeepConfig((1, 2, 1, 1), bottleneck=bottleneck, width=4, groups=2, n_classes=3)
+    for small, last in ((False, (1, 1)), (True, (4, 4))):
+        model = nnx.eval_shape(
+            lambda small=small: resnet.DeepResNet(
+                dataclasses.replace(config, small_images=small), rngs=nnx.Rngs(0)
+            )
+        )
+        graphdef, params = resnet.split(model)
+
+        def before_head(params, x, graphdef=graphdef):
+            net = nnx.merge(graphdef, params)
+            x = net.stem(x)
+            if net.pooled:
+                x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            for block in net.blocks:
+                x = block(x)
+            return x
+
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        out = jax.eval_shape(before_head, params, images)
+        assert out.shape == (2, *last, 32 * (4 if bottleneck else 1))
+
+
+def test_deep_networks_refuse_impossible_shapes():
+    with pytest.raises(UserError, match="multiple of the groups"):
+        resnet.DeepConfig((1, 1, 1, 1), width=48)
+    with pytest.raises(UserError, match="four stages"):
+        resnet.DeepConfig((1, 0, 1, 1))
+    with pytest.raises(UserError, match="resnet18, resnet50, resnet101"):
+        resnet.named("resnet34")
