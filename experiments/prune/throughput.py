@@ -1,16 +1,22 @@
 """Pruning metrics scored per second (masks and perplexity), beside PyTorch one by one.
 
-    python experiments/prune/throughput.py            about 4 minutes on 2 idle cores
-    python experiments/prune/throughput.py --smoke    half a minute, nothing written
+    python experiments/prune/throughput.py            8 windows, then one: about 2 minutes each on
+                                                      2 idle cores
+    python experiments/prune/throughput.py --windows 8
+    python experiments/prune/throughput.py --smoke    a minute, nothing written
 
 Needs `JAXSYS_DATA` and the extra `parity` (torch, transformers). The model is stories260K, the
 expressions are random ones of Pruner-Zero's space whose masks all differ, so that nothing is looked
 up; both sides remove half of every row of all 35 matrices and compute the mean loss of the same
 tokens. PyTorch evaluates one tree after another as the released code does: recursion over the tree
 on each layer, a stable sort of each row, a scattered mask, the model of `transformers` in
-evaluation mode, windows one at a time; a second row gives it all windows at once. All sides
-alternate in one run on the same machine, and the ratio is the median over rounds with a bootstrap
-interval. The floor is the time of our forward passes alone.
+evaluation mode, windows one at a time; a second row gives it all windows at once. We are measured
+on one device, and with the individuals spread over as many CPU devices as there are cores. All
+sides alternate in one run on the same machine, and the ratio is the median over rounds with a
+bootstrap interval. The floor is the time of our forward passes alone.
+
+The last table takes the children of a search's seventh generation as they come: those whose masks
+were met before are looked up, and PyTorch, one by one, scores them again.
 
 Expected: see results/throughput.md; both sides give the same losses to three digits.
 """
@@ -19,6 +25,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +34,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.cluster.join import join
 from jaxsys.core.measure import Timing, interleaved, machine, ratio
+from jaxsys.core.mesh import replica_mesh
 from jaxsys.core.report import atomic_write, markdown_table
 from jaxsys.data import read_text
 from jaxsys.evaluate.open import open_model
 from jaxsys.models import lm
-from jaxsys.prune.population import Scoring, evaluate, none_known, stack_layers
+from jaxsys.prune.genetic import EVOLVE, GeneticConfig, first_state, step
+from jaxsys.prune.population import Known, Scoring, evaluate, none_known, stack_layers
 from jaxsys.prune.search_model import LmLoss, draw_texts, lm_statistics
+from jaxsys.search import evolve
 from jaxsys.search.interpret import run_many
 from jaxsys.search.programs import decode, random_programs, to_string
+from jaxsys.search.shard import over_individuals, replicate
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -151,6 +163,32 @@ def batching_row(grammar: Any, size: int, programs: Any, rounds: int) -> dict[st
     }
 
 
+def children_of_a_search(
+    scoring: Scoring, layers: Any, params: Any, tokens: Any, n: int, generations: int
+) -> tuple[Any, Known]:
+    """Search for some generations and give the next children and what is known by then."""
+    config = GeneticConfig(replace(EVOLVE, population=n))
+    state = first_state(scoring.grammar, config)
+    for _ in range(generations):
+        arrays = (state.population.programs, layers, params, tokens)
+        state, _ = step(state, *arrays, config=config.evolve, scoring=scoring)
+    _, children = evolve.offspring(scoring.grammar, config.evolve, state.population)
+    return children, Known(state.archive.fingerprints, state.archive.fitness)
+
+
+def forward_passes(loss_fn: Any, n: int, mesh: Any) -> Any:
+    """Make n forward passes, on weights that differ so that none is hoisted."""
+
+    def all_(factors: Any, params: Any, tokens: Any) -> Any:
+        def one(factor: Any) -> Any:
+            return loss_fn(jax.tree.map(lambda w: w * factor, params), tokens)
+
+        return jax.lax.map(one, factors)
+
+    factors = 1 + 1e-6 * jnp.arange(n, dtype=jnp.float32)
+    return partial(jax.jit(over_individuals(all_, mesh)), factors)
+
+
 def measure(n: int, n_torch: int, rounds: int, windows: int, length: int) -> str:
     opened = open_model("stories260k")
     params, config = opened.model.params, opened.config
@@ -160,69 +198,83 @@ def measure(n: int, n_torch: int, rounds: int, windows: int, length: int) -> str
     scoring = Scoring(LmLoss(config))
     stats = lm_statistics(params, config, parts.statistics, ("G",))
     layers, tokens = stack_layers(params, stats, scoring), jnp.asarray(parts.fitness)
-    programs = different(scoring, layers, params, tokens, n)
-    arrays = (jnp.asarray(programs), layers, params, tokens, none_known(), scoring)
-    ours = np.asarray(evaluate(*arrays).fitness)
+    programs = jnp.asarray(different(scoring, layers, params, tokens, n))
+    children, known = children_of_a_search(scoring, layers, params, tokens, n, 6)
     torch, score = torch_side(params, config, stats, parts.fitness)
-    few = programs[:: n // n_torch][:n_torch]
-    trees = [decode(scoring.grammar, p) for p in few]
-    theirs = np.array(score(trees, windows))
-    gap = np.abs(theirs - ours[:: n // n_torch][:n_torch])
-    worst = to_string(scoring.grammar, few[int(gap.argmax())])
+    mesh = replica_mesh()
+    own = {"one": ((layers, params, tokens), None)}
+    own["spread"] = (replicate((layers, params, tokens), mesh), mesh)
 
-    @jax.jit
-    def forwards(params: Any, tokens: Any) -> Any:
-        """Run as many forward passes, on weights that differ so that none is hoisted."""
+    def ours(where: str, programs: Any, known: Known) -> Any:
+        arrays, mesh = own[where]
+        return evaluate(programs, *arrays, known, scoring, mesh)
 
-        def one(i: Any) -> Any:
-            return scoring.loss_fn(jax.tree.map(lambda w: w * (1 + 1e-6 * i), params), tokens)
+    few = {k: np.asarray(p)[:: n // n_torch] for k, p in (("all", programs), ("met", children))}
+    trees = {k: [decode(scoring.grammar, p) for p in found] for k, found in few.items()}
+    losses = np.asarray(ours("one", programs, none_known()).fitness)[:: n // n_torch]
+    gap = np.abs(np.array(score(trees["all"], windows)) - losses)
+    worst = to_string(scoring.grammar, few["all"][int(gap.argmax())])
+    fresh = int(jnp.sum(ours("one", children, known).fresh))
+    jobs: dict[str, Any] = {}
+    for where, (arrays, mesh) in own.items():
+        jobs[f"{where} all"] = partial(ours, where, programs, none_known())
+        jobs[f"{where} met"] = partial(ours, where, children, known)
+        forwards = forward_passes(scoring.loss_fn, n, mesh)
+        jobs[f"{where} floor"] = partial(forwards, *arrays[1:])
+    for k, found in trees.items():
+        jobs |= {f"torch 1 {k}": partial(score, found, 1)}
+        jobs |= {f"torch {windows} {k}": partial(score, found, windows)}
+    times = interleaved(jobs, warmup=1, runs=rounds)
 
-        return jax.lax.map(one, jnp.arange(n, dtype=jnp.float32))
-
-    times = interleaved(
-        {
-            "ours": lambda: evaluate(*arrays).fitness,
-            "floor": lambda: forwards(params, tokens),
-            "one": lambda: score(trees, 1),
-            "all": lambda: score(trees, windows),
-        },
-        warmup=1,
-        runs=rounds,
-    )
-
-    def each(name: str, count: int) -> Timing:
-        t = times[name]
+    def each(name: str) -> Timing:
+        t, count = times[name], n_torch if name.startswith("torch") else n
         return Timing(name, tuple(s / count for s in t.seconds), t.median_s / count, t.ci_s)
 
-    a, floor = each("ours", n), each("floor", n)
-    rows = [
-        {
-            "PyTorch": name,
-            "ours, expressions/s": f"{1 / a.median_s:.1f}",
-            "PyTorch, expressions/s": f"{1 / each(key, n_torch).median_s:.1f}",
-            "ratio": f"{ratio(each(key, n_torch), a):.2f}",
-        }
-        for key, name in (("one", "windows one at a time"), ("all", "all windows at once"))
-    ]
-    share = ratio(floor, a)
-    batching = [batching_row(scoring.grammar, size, programs[:16], 3) for size in (64, 256)]
+    def table(kind: str) -> str:
+        rows = [
+            {
+                "ours": f"{len(jax.devices())} devices" if where == "spread" else "1 device",
+                "PyTorch": f"{at_once} of {windows} windows at a time",
+                "ours, expressions/s": f"{1 / each(f'{where} {kind}').median_s:.1f}",
+                "PyTorch, expressions/s": f"{1 / each(f'torch {at_once} {kind}').median_s:.1f}",
+                "ratio": f"{ratio(each(f'torch {at_once} {kind}'), each(f'{where} {kind}')):.2f}",
+            }
+            for where in own
+            for at_once in dict.fromkeys((1, windows))
+        ]
+        return markdown_table(rows)
+
+    shares = [ratio(each(f"{w} floor"), each(f"{w} all")) for w in own]
+    floors = [f"{100 * s.median:.0f} % [{100 * s.ci[0]:.0f}, {100 * s.ci[1]:.0f}]" for s in shares]
     return (
         f"{machine()}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads.\n\n"
         f"{n} expressions of different masks a call for us, {n_torch} of them for PyTorch, loss of "
         f"{windows} windows of {length} tokens, {rounds} interleaved rounds; medians, ratios with "
-        f"95 % bootstrap intervals.\n\n{markdown_table(rows)}\n"
-        f"Our forward passes alone take {100 * share.median:.0f} % [{100 * share.ci[0]:.0f}, "
-        f"{100 * share.ci[1]:.0f}] of our time. The largest difference of a loss between the two "
-        f"sides is {gap.max():.2g} nats (`{worst}`).\n\n"
+        f"95 % bootstrap intervals.\n\n{table('all')}\n"
+        f"Our forward passes alone take {floors[0]} of our time on one device and {floors[1]} of "
+        "it on several. The largest difference of a loss between the two sides is "
+        f"{gap.max():.2g} nats (`{worst}`).\n\nThe {n} children of a search's seventh generation "
+        f"({fresh} of them with finite scores and masks that were not met before):\n\n"
+        f"{table('met')}\n"
+    )
+
+
+def batching_table(rounds: int) -> str:
+    grammar = Scoring(lambda params, tokens: 0.0).grammar
+    programs = random_programs(grammar, 16)
+    rows = [batching_row(grammar, size, programs, rounds) for size in (64, 256)]
+    return (
         "The interpreter alone, 16 expressions, mapped over programs (a true branch for each "
-        f"instruction) or vectorised (all operators computed):\n\n{markdown_table(batching)}"
+        f"instruction) or vectorised (all operators computed):\n\n{markdown_table(rows)}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--windows", type=int, choices=(8, 1), help="one of the parts alone")
     given = parser.parse_args()
+    join(local_devices=os.cpu_count() or 1)
     if not os.environ.get("JAXSYS_DATA"):
         print("JAXSYS_DATA is not set, so there is no model to prune")
         return
@@ -235,10 +287,14 @@ def main() -> None:
     if given.smoke:
         print(measure(8, 2, 1, 2, 64))
         return
-    parts = [measure(64, 16, 5, windows, length) for windows, length in ((8, 128), (1, 128))]
-    text = "# Scoring expressions on stories260K, beside PyTorch\n\n" + "\n".join(parts)
+    for windows in (8, 1) if given.windows is None else (given.windows,):
+        text = measure(64, 16, 5, windows, 128) + (batching_table(3) if windows == 8 else "")
+        atomic_write(RESULTS / f"throughput_{windows}.md", text)
+        print(text)
+    parts = [RESULTS / f"throughput_{windows}.md" for windows in (8, 1)]
+    text = "# Scoring expressions on stories260K, beside PyTorch\n\n"
+    text += "\n\n".join(part.read_text() for part in parts if part.exists())
     atomic_write(RESULTS / "throughput.md", text)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class SearchCommand(Common):
       held_out: Windows that only the finalists see.
       length: Tokens of a window.
       top: Finalists.
+      devices: On a CPU, share the individuals among so many devices, each with a copy of the model;
+        as many as there are cores score faster, with the same result.
     """
 
     spreads: ClassVar[bool] = True
@@ -62,19 +64,22 @@ class SearchCommand(Common):
     held_out: int = 16
     length: int = 128
     top: int = 10
+    devices: int = 1
 
 
 def run_search(config: SearchCommand) -> dict[str, Any] | None:
     """Print the finalists beside the metrics that people use."""
     from jaxsys.cluster.join import join
+    from jaxsys.core.errors import UserError
 
-    join(local_devices=1)
+    if config.devices < 1:
+        raise UserError(f"--devices is {config.devices}; expected at least 1; correct it")
+    join(local_devices=config.devices)
 
     from dataclasses import replace
 
     import jax
 
-    from jaxsys.core.errors import UserError
     from jaxsys.core.mesh import on_cpu, replica_mesh
     from jaxsys.core.report import print_table
     from jaxsys.data import python_docs, read_text
@@ -104,8 +109,9 @@ def run_search(config: SearchCommand) -> dict[str, Any] | None:
     ids = opened.tokenizer.encode(text)
     texts = draw_texts(ids, windows, config.length, seed=config.seed)
     scoring = Scoring(LmLoss(opened.config), grammar, pattern, config.promote)
-    # Virtual devices of one CPU have nothing to add to each other.
-    spread = jax.process_count() > 1 or (not on_cpu() and len(jax.devices()) > 1)
+    # Two devices of a CPU with two cores score 1.5 times as fast as one, with twice the memory.
+    wanted = config.devices > 1 or not on_cpu()
+    spread = jax.process_count() > 1 or (wanted and len(jax.devices()) > 1)
     with progress_bar(f"search {pattern}") as progress:
         found, rows = search_lm(
             opened.model.params,
