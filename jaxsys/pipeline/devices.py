@@ -41,6 +41,8 @@ class Fleet:
         devices: the devices, P of them.
         latency_s: α, seconds before a message's first byte arrives, [P, P], from row to column.
         bytes_per_s: rate of a link, [P, P], from row to column.
+        sites: the site of each device, [P], where all messages from one site to another pass one
+            link and queue there; without it every pair has a link of its own.
 
     Raises:
         UserError: no device, two of one name, a speed, memory or rate that is not above 0, a
@@ -56,10 +58,12 @@ class Fleet:
     devices: tuple[Device, ...]
     latency_s: Float[np.ndarray, "P P"] | Any
     bytes_per_s: Float[np.ndarray, "P P"] | Any
+    sites: tuple[int, ...] = ()
 
     def __post_init__(self):
         """Turn the matrices into read-only float64 arrays and check everything."""
         object.__setattr__(self, "devices", tuple(self.devices))
+        object.__setattr__(self, "sites", tuple(int(site) for site in self.sites))
         for name in ("latency_s", "bytes_per_s"):
             try:
                 matrix = np.array(getattr(self, name), np.float64)
@@ -81,6 +85,7 @@ class Fleet:
         return (
             isinstance(other, Fleet)
             and self.devices == other.devices
+            and self.sites == other.sites
             and np.array_equal(self.latency_s, other.latency_s)
             and np.array_equal(self.bytes_per_s, other.bytes_per_s)
         )
@@ -134,7 +139,8 @@ class Fleet:
         index = np.asarray(indices, int)
         some = np.ix_(index, index)
         devices = tuple(self.devices[i] for i in index)
-        return Fleet(devices, self.latency_s[some], self.bytes_per_s[some])
+        sites = tuple(self.sites[i] for i in index) if self.sites else ()
+        return Fleet(devices, self.latency_s[some], self.bytes_per_s[some], sites)
 
     def to_json(self) -> str:
         """Write the fleet as one JSON object.
@@ -151,6 +157,7 @@ class Fleet:
                 "devices": [vars(device) for device in self.devices],
                 "latency_s": self.latency_s.tolist(),
                 "bytes_per_s": self.bytes_per_s.tolist(),
+                "sites": list(self.sites),
             }
         )
 
@@ -181,9 +188,9 @@ class Fleet:
                 f"the fleet is not JSON ({error}); it must be what `to_json` wrote; mend the file"
             ) from error
         names = {"devices", "latency_s", "bytes_per_s"}
-        if not isinstance(found, dict) or set(found) != names:
+        if not isinstance(found, dict) or set(found) - {"sites"} != names:
             raise UserError(
-                f"the fleet's fields must be {sorted(names)}, in one JSON object; got "
+                f"the fleet's fields must be {sorted(names)}, and perhaps sites; got "
                 f"{sorted(found) if isinstance(found, dict) else type(found).__name__}; mend the "
                 "file"
             )
@@ -195,7 +202,13 @@ class Fleet:
                     f"{sorted(parts)}; mend the file"
                 )
         devices = tuple(Device(**entry) for entry in found["devices"])
-        fleet = cls(devices, found["latency_s"], found["bytes_per_s"])
+        try:
+            sites = tuple(int(site) for site in found.get("sites", ()))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"sites is {found['sites']!r}; it must be a list of whole numbers; mend the file"
+            ) from error
+        fleet = cls(devices, found["latency_s"], found["bytes_per_s"], sites)
         if symmetric:
             check_symmetric(fleet)
         return fleet
@@ -279,6 +292,10 @@ def _check_fleet(fleet: Fleet) -> None:
                     f"{what} of device {device.name!r} is {value!r}; it must be a finite number "
                     "above 0; mend the device"
                 )
+    if fleet.sites and len(fleet.sites) != n:
+        raise UserError(
+            f"sites has {len(fleet.sites)} entries for {n} devices; give one for each, or none"
+        )
     off = ~np.eye(n, dtype=bool)
     for name, low in (("latency_s", "at least 0"), ("bytes_per_s", "above 0")):
         matrix = getattr(fleet, name)

@@ -9,6 +9,19 @@ import numpy as np
 from jaxsys.core.errors import UserError
 from jaxsys.pipeline.chains import SLACK, Chains, link_s, pipeline_s, times
 
+_NONE_FITS = (
+    "no partition fits the memory of these devices in this order; every stage must; use another "
+    "order, fewer micro-batches in flight or more memory"
+)
+
+
+class DoesNotFitError(UserError):
+    """Report that no partition fits the devices' memory.
+
+    >>> issubclass(DoesNotFitError, UserError)
+    True
+    """
+
 
 def _window_min(values, low, high):
     """Least of ``values[q, low[q, j] : high[q, j]]``; inf where that is empty, [Q, J]."""
@@ -159,7 +172,7 @@ def _exact(chains: Chains, gap: float | int, most: float) -> tuple[int, ...] | N
     if best is None:
         if most < np.inf:
             return None
-        raise UserError("no partition fits the memory of these devices; see `lack_of_memory`")
+        raise DoesNotFitError(_NONE_FITS)
     value = total + chains.steps * high
     low = float(chains.total[-1] / chains.speed[0].sum())
     queue = [(total + chains.steps * low, low, high, total)]
@@ -212,7 +225,7 @@ def brute_force(chains: Chains) -> tuple[tuple[int, ...], float]:
             if best is None or seconds < best[1]:
                 best = (cuts, seconds)
     if best is None:
-        raise UserError("no partition fits the memory of these devices; see `lack_of_memory`")
+        raise DoesNotFitError(_NONE_FITS)
     return best
 
 
@@ -272,7 +285,7 @@ def nearest(chains: Chains, position, targets) -> tuple[int, ...]:
             reached = reached + np.abs(np.asarray(position, np.float64) - targets[k])
         tables.append(reached)
     if reached[0, n] == np.inf:
-        raise UserError("no partition fits the memory of these devices; see `lack_of_memory`")
+        raise DoesNotFitError(_NONE_FITS)
     b, cuts = n, []
     for k in reversed(range(1, n_stages)):
         low = int(chains.starts[chains.kind[0, k], b])

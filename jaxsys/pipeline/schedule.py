@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxsys.core.errors import UserError
 
-ORDERS = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+ORDERS = ("gpipe", "1f1b", "eager-1f1b", "interleaved", "zero-bubble")
 
 
 class Action(NamedTuple):
@@ -37,6 +37,8 @@ def actions(
     - ``gpipe``: all forwards, then all backwards, last micro-batch first.
     - ``1f1b``: w forwards, then a forward and a backward in turn, then w backwards; at most
       ``P − s`` micro-batches are in flight.
+    - ``eager-1f1b``: the same with ``w = min(2(P − s − 1), m)``: twice the micro-batches in flight
+      cover links that take up to half as long as a stage.
     - ``zero-bubble``: 1F1B whose backward is cut in two; the parameters' part of micro-batch i
       follows the backward of micro-batch ``i + s``, so that every stage holds at most P
       micro-batches and the last parts fill the bubble at the end (the schedule named ZB-H1).
@@ -60,7 +62,8 @@ def actions(
         UserError: an unknown order, a worker that does not exist, no micro-batch, several chunks
             for an order that has one.
 
-    Reference: arXiv 1811.06965 (GPipe), 2104.04473 (1F1B, interleaved), 2401.10241 (zero bubble).
+    Reference: arXiv 1811.06965 (GPipe), 2104.04473 (1F1B, interleaved), 2401.10241 (zero
+    bubble), 2211.05322 (eager 1F1B).
 
     >>> [f"{a.kind[0]}{a.micro_batch}" for a in actions("1f1b", 0, 2, 3)]
     ['f0', 'f1', 'b0', 'f2', 'b1', 'b2']
@@ -74,7 +77,7 @@ def actions(
             [Action("forward", i, s) for i in range(m)]
             + [Action("backward", i, s) for i in reversed(range(m))]
         )
-    warm = min(n_workers - s - 1, m)
+    warm = min((n_workers - s - 1) * (2 if order == "eager-1f1b" else 1), m)
     split = order == "zero-bubble"
     ran = [Action("forward", i, s) for i in range(warm)]
     for i in range(m):
@@ -144,7 +147,11 @@ def in_flight(order: str, worker: int, n_workers: int, micro_batches: int, chunk
     if order == "gpipe":
         return (micro_batches,)
     if order != "interleaved":
-        bound = n_workers if order == "zero-bubble" else n_workers - worker
+        bound = {
+            "1f1b": n_workers - worker,
+            "eager-1f1b": 2 * (n_workers - worker - 1) + 1,
+            "zero-bubble": n_workers,
+        }[order]
         return (min(bound, micro_batches),)
     held, most = [0] * chunks, [0] * chunks
     for action in _interleaved(worker, n_workers, micro_batches, chunks):

@@ -1,0 +1,232 @@
+"""Which devices to use, and in which order they stand in the pipeline."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, permutations
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsys.pipeline.chains import Chains
+from jaxsys.pipeline.partition import DoesNotFitError, exact, least_sum
+
+ALL_ORDERS = 6  # devices up to which all orders of all subsets are tried
+LOCAL_SEARCH = 100_000  # devices × nodes up to which orders are improved step by step
+_GRID = np.array([0.4, 0.55, 0.7, 0.8, 0.87, 0.93, 0.97, 1.0])
+
+Make = Callable[[Sequence[Sequence[int]]], Chains]
+
+
+class Found(NamedTuple):
+    """Hold the best order of a search, its partition and its `chains.pipeline_s`.
+
+    >>> Found((1, 0), (2,), 3.0).devices
+    (1, 0)
+    """
+
+    devices: tuple[int, ...]
+    boundaries: tuple[int, ...]
+    seconds: float
+
+
+def score(chains: Chains, bounds) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
+    """Find for each order a time that some partition of it reaches.
+
+    ``min_B D(B) + (m − 1)·B`` over the given bounds B on every C and R (`partition.least_sum`). It
+    is never below the best partition's time, and equal to it where B is that one's slowest part.
+    With AdaTopK of ratio r a bound B on what messages take allows ``r·B`` for dense ones.
+
+    Args:
+        chains: Q orders.
+        bounds: seconds, [Q, G].
+
+    Returns:
+        The times, and the bound that gave each, [Q]; infinite where no bound could be met.
+
+    >>> from jaxsys.pipeline.chains import make_chains
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> two, work = even_fleet([3, 6]), chain_work([1] * 3, [0, 0])
+    >>> chains = make_chains(work, two, [(0, 1), (1, 0)], micro_batches=3)
+    >>> score(chains, np.array([[0.9, 1.0], [0.9, 1.0]]))[0].tolist()
+    [4.0, 4.0]
+    """
+    best = np.full(len(chains.speed), np.inf)
+    at = best.copy()
+    for bound in np.asarray(bounds).T:
+        most = bound * chains.wire.ratio if chains.wire.ratio else None
+        seconds = least_sum(chains, bound, most) + chains.steps * bound
+        at = np.where(seconds < best, bound, at)
+        best = np.minimum(seconds, best)
+    return best, at
+
+
+def first_scores(
+    chains: Chains, halvings: int = 12
+) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
+    """Score orders of which nothing is known: find each one's least bound, then try larger ones.
+
+    Args:
+        chains: Q orders.
+        halvings: steps of the bisection, in the logarithm.
+
+    Returns:
+        As `score`.
+
+    >>> from jaxsys.pipeline.chains import make_chains
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> two, work = even_fleet([3, 6]), chain_work([1] * 3, [0, 0])
+    >>> chains = make_chains(work, two, [(0, 1)], micro_batches=3)
+    >>> first_scores(chains)[0].round(1).tolist()
+    [4.0]
+    """
+    low = chains.total[-1] / chains.speed.sum(axis=1)
+    high = np.maximum(chains.total[-1] / chains.speed.min(axis=1), low)
+    if chains.latency.size:
+        largest = max(chains.wire.forward_bytes.max(), chains.wire.backward_bytes.max())
+        links = chains.latency + largest * chains.s_per_byte
+        high = np.maximum(high, links.max(axis=(0, 2)))
+    low, high = low * 0.999, high * 1.001
+    for _ in range(halvings):
+        middle = np.sqrt(low * high)
+        met = np.isfinite(score(chains, middle[:, None])[0])
+        low, high = np.where(met, low, middle), np.where(met, middle, high)
+    return score(chains, high[:, None] * np.array([1.0, 1.05, 1.15, 1.3, 1.6, 2.5, 5.0, 20.0]))
+
+
+def search(
+    make: Make,
+    start: Sequence[int],
+    *,
+    n_nodes: int,
+    seed: int = 0,
+    rounds: int = 60,
+    batch: int = 48,
+    gap: float | int = 1e-6,
+) -> Found:
+    """Look for the devices and the order with the least time of their best partition.
+
+    Up to `ALL_ORDERS` devices all orders of all subsets are compared. Beyond that the search begins
+    with stretches of ``start`` of several lengths, and then moves, swaps, drops and adds devices
+    and reverses stretches, always going to the best of a batch of random changes as long as there
+    is a better one.
+
+    Reconstruction: the paper's order comes from OP-Fence only.
+
+    Args:
+        make: prepares orders of equal length (`chains.make_chains`).
+        start: all devices in a good order, as from `fence.chain_order`.
+        n_nodes: nodes of the graph, which no order may exceed.
+        seed: of the random changes.
+        rounds: batches of changes at most.
+        batch: changes compared at a time.
+        gap: as in `partition.exact`, for the last partitions.
+
+    Returns:
+        The best order found with its exact partition.
+
+    Raises:
+        UserError: no order fits the memory.
+
+    >>> from functools import partial
+    >>> from jaxsys.pipeline.chains import make_chains
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> fleet, work = even_fleet([3, 6, 0.1]), chain_work([1] * 3, [0, 0])
+    >>> found = search(partial(make_chains, work, fleet, micro_batches=9), (0, 1, 2), n_nodes=3)
+    >>> sorted(found.devices), found.seconds
+    ([0, 1], 10.0)
+    """
+    start = tuple(int(d) for d in start)
+    if len(start) <= ALL_ORDERS:
+        candidates = [
+            list(permutations(chosen))
+            for size in range(1, min(len(start), n_nodes) + 1)
+            for chosen in combinations(start, size)
+        ]
+        ranked = _ranked(make, [order for group in candidates for order in group])
+    else:
+        ranked = _ranked(make, _stretches(start, n_nodes))
+        if len(start) * n_nodes <= LOCAL_SEARCH and np.isfinite(ranked[0][0]):
+            ranked = _improve(make, start, ranked, n_nodes, seed, rounds, batch) + ranked[:2]
+    best: Found | None = None
+    for seconds, _, order in ranked[:8]:
+        if np.isfinite(seconds):
+            cuts, taken = exact(make([order]), gap=gap)
+            if best is None or taken < best.seconds:
+                best = Found(order, cuts, taken)
+    if best is None:
+        raise DoesNotFitError("no order of these devices has a partition that fits their memory")
+    return best
+
+
+Ranked = list[tuple[float, float, tuple[int, ...]]]
+
+
+def _ranked(make: Make, orders: Sequence[tuple[int, ...]], around: float | None = None) -> Ranked:
+    """Score orders, those of a length together; the best first."""
+    found: Ranked = []
+    for length in sorted({len(order) for order in orders}):
+        alike = [order for order in orders if len(order) == length]
+        for k in range(0, len(alike), 256):
+            some = alike[k : k + 256]
+            chains = make(some)
+            if around is None:
+                seconds, bound = first_scores(chains)
+            else:
+                seconds, bound = score(chains, np.tile(around * _GRID, (len(some), 1)))
+            found += zip(seconds.tolist(), bound.tolist(), some, strict=True)
+    return sorted(found)
+
+
+def _stretches(start: tuple[int, ...], n_nodes: int) -> list[tuple[int, ...]]:
+    """All devices where the nodes suffice, and stretches of half, a quarter … as many."""
+    found, length = [], min(len(start), n_nodes)
+    while length >= 1:
+        step = max(1, length // 2)
+        found += [start[i : i + length] for i in range(0, len(start) - length + 1, step)]
+        length //= 2
+    return list(dict.fromkeys(found))
+
+
+def _improve(
+    make: Make, start: tuple[int, ...], ranked: Ranked, n_nodes: int, seed: int, rounds: int,
+    batch: int,
+) -> Ranked:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    seconds, bound, order = ranked[0]
+    idle = 0
+    for _ in range(rounds):
+        changed = {_change(rng, order, start, n_nodes) for _ in range(batch)} - {order}
+        if not changed:
+            break
+        best = _ranked(make, sorted(changed), around=bound * 1.02)[0]
+        if best[0] < seconds * (1 - 1e-9):
+            (seconds, bound, order), idle = best, 0
+        else:
+            idle += 1
+            if idle == 8:
+                break
+    return [(seconds, bound, order)]
+
+
+def _change(rng, order: tuple[int, ...], start: tuple[int, ...], n_nodes: int) -> tuple[int, ...]:
+    spare = [d for d in start if d not in order]
+    now, n = list(order), len(order)
+    kind = rng.integers(6)
+    i, j = (int(x) for x in rng.integers(n, size=2))
+    if kind == 0:
+        now[i], now[j] = now[j], now[i]
+    elif kind == 1:
+        now.insert(j, now.pop(i))
+    elif kind == 2:
+        low, high = min(i, j), max(i, j) + 1
+        now[low:high] = now[low:high][::-1]
+    elif kind == 3 and n > 1:
+        now.pop(i)
+    elif kind == 4 and spare and n < n_nodes:
+        now.insert(int(rng.integers(n + 1)), spare[rng.integers(len(spare))])
+    elif spare:
+        now[i] = spare[rng.integers(len(spare))]
+    return tuple(now)
