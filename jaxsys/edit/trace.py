@@ -178,7 +178,7 @@ class _Run:
         """Give the mean probability with each token's state restored, [T]."""
         tokens = self.before[0].shape[1]
         samples = self.before[0].shape[0] - 1
-        step = max(1, ROW_TOKENS // (tokens * samples))
+        step = max(1, min(tokens, ROW_TOKENS // (tokens * samples)))
         parts = []
         for start in range(0, tokens, step):
             # Every part has the same shape, so one program serves all: the last may overlap.
