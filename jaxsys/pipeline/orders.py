@@ -63,7 +63,7 @@ def score(chains: Chains, bounds) -> tuple[Float[np.ndarray, "Q"], Float[np.ndar
 
 def first_scores(
     chains: Chains, halvings: int = 12
-) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
+) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
     """Score orders of which nothing is known: find each one's least bound, then try larger ones.
 
     Args:
@@ -71,7 +71,8 @@ def first_scores(
         halvings: steps of the bisection, in the logarithm.
 
     Returns:
-        As `score`.
+        As `score`, and what no partition of the order can be faster than, ``D(∞) + (m − 1)·B`` with
+        the largest B found that none meets (not known with AdaTopK: then 0), [Q].
 
     >>> from jaxsys.pipeline.chains import make_chains
     >>> from jaxsys.pipeline.fleets import even_fleet
@@ -92,7 +93,9 @@ def first_scores(
         middle = np.sqrt(low * high)
         met = np.isfinite(score(chains, middle[:, None])[0])
         low, high = np.where(met, low, middle), np.where(met, middle, high)
-    return score(chains, high[:, None] * np.array([1.0, 1.05, 1.15, 1.3, 1.6, 2.5, 5.0, 20.0]))
+    grid = high[:, None] * np.array([1.0, 1.05, 1.15, 1.3, 1.6, 2.5, 5.0, 20.0])
+    least = least_sum(chains, np.full(len(low), np.inf)) + chains.steps * low
+    return *score(chains, grid), np.zeros_like(least) if chains.wire.ratio else least
 
 
 def search(
@@ -107,10 +110,11 @@ def search(
 ) -> Found:
     """Look for the devices and the order with the least time of their best partition.
 
-    Up to `ALL_ORDERS` devices all orders of all subsets are compared. Beyond that the search begins
-    with stretches of ``start`` of several lengths, and then moves, swaps, drops and adds devices
-    and reverses stretches, always going to the best of a batch of random changes as long as there
-    is a better one.
+    Up to `ALL_ORDERS` devices all orders of all subsets are compared, and the answer is the best of
+    them (dense or uniformly compressed; with AdaTopK, of eight). Beyond that the search begins with
+    stretches of ``start`` of several lengths, and then moves, swaps, drops and adds devices and
+    reverses stretches, always going to the best of a batch of random changes as long as there is a
+    better one.
 
     Reconstruction: the paper's order comes from OP-Fence only.
 
@@ -140,43 +144,58 @@ def search(
     """
     start = tuple(int(d) for d in start)
     if len(start) <= ALL_ORDERS:
-        candidates = [
-            list(permutations(chosen))
-            for size in range(1, min(len(start), n_nodes) + 1)
-            for chosen in combinations(start, size)
-        ]
-        ranked = _ranked(make, [order for group in candidates for order in group])
+        ranked = _ranked(
+            make,
+            [
+                order
+                for size in range(1, min(len(start), n_nodes) + 1)
+                for chosen in combinations(start, size)
+                for order in permutations(chosen)
+            ],
+        )
+        ranked.sort(key=lambda order: order.least_s)
     else:
         ranked = _ranked(make, _stretches(start, n_nodes))
-        if len(start) * n_nodes <= LOCAL_SEARCH and np.isfinite(ranked[0][0]):
-            ranked = _improve(make, start, ranked, n_nodes, seed, rounds, batch) + ranked[:2]
+        if len(start) * n_nodes <= LOCAL_SEARCH and np.isfinite(ranked[0].seconds):
+            ranked = [_improve(make, start, ranked[0], n_nodes, seed, rounds, batch), *ranked[:2]]
     best: Found | None = None
-    for seconds, _, order in ranked[:8]:
-        if np.isfinite(seconds):
-            cuts, taken = exact(make([order]), gap=gap)
+    everything = len(start) <= ALL_ORDERS and not make([start[:1]]).wire.ratio
+    for order in ranked if everything else sorted(ranked)[:8]:
+        if best is not None and order.least_s >= best.seconds * (1 - gap):
+            continue
+        if np.isfinite(order.seconds):
+            cuts, taken = exact(make([order.devices]), gap=gap)
             if best is None or taken < best.seconds:
-                best = Found(order, cuts, taken)
+                best = Found(order.devices, cuts, taken)
     if best is None:
         raise DoesNotFitError("no order of these devices has a partition that fits their memory")
     return best
 
 
-Ranked = list[tuple[float, float, tuple[int, ...]]]
+class _Ranked(NamedTuple):
+    seconds: float  # some partition of the order reaches it
+    bound: float  # the slowest part at which it does
+    least_s: float  # no partition of the order is faster
+    devices: tuple[int, ...]
 
 
-def _ranked(make: Make, orders: Sequence[tuple[int, ...]], around: float | None = None) -> Ranked:
+def _ranked(
+    make: Make, orders: Sequence[tuple[int, ...]], around: float | None = None
+) -> list[_Ranked]:
     """Score orders, those of a length together; the best first."""
-    found: Ranked = []
+    found: list[_Ranked] = []
     for length in sorted({len(order) for order in orders}):
         alike = [order for order in orders if len(order) == length]
         for k in range(0, len(alike), 256):
             some = alike[k : k + 256]
             chains = make(some)
             if around is None:
-                seconds, bound = first_scores(chains)
+                seconds, bound, least = first_scores(chains)
             else:
                 seconds, bound = score(chains, np.tile(around * _GRID, (len(some), 1)))
-            found += zip(seconds.tolist(), bound.tolist(), some, strict=True)
+                least = np.zeros_like(seconds)
+            rows = zip(seconds.tolist(), bound.tolist(), least.tolist(), some, strict=True)
+            found += [_Ranked(*row) for row in rows]
     return sorted(found)
 
 
@@ -191,24 +210,20 @@ def _stretches(start: tuple[int, ...], n_nodes: int) -> list[tuple[int, ...]]:
 
 
 def _improve(
-    make: Make, start: tuple[int, ...], ranked: Ranked, n_nodes: int, seed: int, rounds: int,
+    make: Make, start: tuple[int, ...], best: _Ranked, n_nodes: int, seed: int, rounds: int,
     batch: int,
-) -> Ranked:  # fmt: skip
+) -> _Ranked:  # fmt: skip
     rng = np.random.default_rng(seed)
-    seconds, bound, order = ranked[0]
     idle = 0
     for _ in range(rounds):
-        changed = {_change(rng, order, start, n_nodes) for _ in range(batch)} - {order}
-        if not changed:
+        changed = {_change(rng, best.devices, start, n_nodes) for _ in range(batch)}
+        changed.discard(best.devices)
+        if not changed or idle == 8:
             break
-        best = _ranked(make, sorted(changed), around=bound * 1.02)[0]
-        if best[0] < seconds * (1 - 1e-9):
-            (seconds, bound, order), idle = best, 0
-        else:
-            idle += 1
-            if idle == 8:
-                break
-    return [(seconds, bound, order)]
+        found = _ranked(make, sorted(changed), around=best.bound * 1.02)[0]
+        better = found.seconds < best.seconds * (1 - 1e-9)
+        best, idle = (found, 0) if better else (best, idle + 1)
+    return best
 
 
 def _change(rng, order: tuple[int, ...], start: tuple[int, ...], n_nodes: int) -> tuple[int, ...]:

@@ -74,8 +74,8 @@ def test_exact_equals_brute_force(seed, n, p, micro_batches, tight, whole):
         other = np.array([0, *baseline(chains), n])
         assert fits(chains, other)
         assert pipeline_s(chains, other[None])[0] >= seconds * (1 - 1e-8)
-    score = float(first_scores(chains)[0][0])
-    assert score >= seconds * (1 - 1e-8)
+    reached, _, least = first_scores(chains)
+    assert least[0] * (1 - 1e-8) <= seconds <= reached[0] * (1 + 1e-8)
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,8 +138,7 @@ def test_search_finds_what_all_orders_of_all_subsets_hold():
             for chosen in combinations(range(4), size)
             for order in permutations(chosen)
         )
-        assert found.seconds == pytest.approx(wanted, rel=2e-2)
-        assert found.seconds >= wanted * (1 - 1e-8)
+        assert found.seconds == pytest.approx(wanted, rel=2e-6)
 
 
 def test_local_search_improves_a_bad_start():
@@ -164,7 +163,7 @@ def test_partition_for_adatopk_never_loses_to_the_dense_one(seed, ratio):
     dense = make_chains(work, fleet, [range(3)], micro_batches=12)
     wire = wire_of(work, codec="topk", ratio=ratio, adaptive=True)
     packed = make_chains(work, fleet, [range(3)], micro_batches=12, wire=wire)
-    cuts, seconds = exact(packed)
+    _, seconds = exact(packed)
     edges = [[0, *exact(dense)[0], 8]]
     assert seconds <= pipeline_s(packed, edges)[0] * (1 + 1e-9)
     assert pipeline_s(packed, edges)[0] <= pipeline_s(dense, edges)[0] * (1 + 1e-9)
