@@ -10,7 +10,7 @@ TCP) and `jaxsys.cluster.engine` (JAX's transfer engine).
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class PeerLost(RuntimeError):
         self.peer, self.reason = peer, reason
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Send and receive named arrays; every process of a job has one.
 

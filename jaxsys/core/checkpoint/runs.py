@@ -125,10 +125,7 @@ class RunStore:
             nothing is read in that case.
         """
         folder = Path(self.directory).absolute() / str(step)
-        if not (folder / _MANIFEST).exists():
-            had = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {had}")
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = self._manifest(step)
         _check(folder, manifest, like)
         leaves, structure = jax.tree.flatten(like)
         wanted = {str(i): _to_spec(leaf) for i, leaf in enumerate(leaves) if _on_disk(leaf)}
@@ -141,6 +138,39 @@ class RunStore:
             for i, (leaf, record) in enumerate(zip(leaves, manifest["leaves"], strict=True))
         ]
         return jax.tree.unflatten(structure, restored), manifest["meta"]
+
+    def contents(self, step: int) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+        """List what was saved, without reading it.
+
+        Args:
+          step: one of `steps()`.
+
+        Returns:
+          Path to shape and dtype of each array, numbers left out, and the metadata.
+
+        Raises:
+          UserError: if there is no such step.
+
+        >>> import tempfile
+        >>> store = RunStore(tempfile.mkdtemp())
+        >>> store.save(0, {"w": jnp.zeros(3)})
+        >>> store.contents(0)
+        ({'w': ShapeDtypeStruct(shape=(3,), dtype=float32)}, {})
+        """
+        manifest = self._manifest(step)
+        arrays = {
+            record["name"]: jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.dtype(record["dtype"]))
+            for record in manifest["leaves"]
+            if "shape" in record and "impl" not in record
+        }
+        return arrays, manifest["meta"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        path = Path(self.directory).absolute() / str(step) / _MANIFEST
+        if not path.exists():
+            had = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has: {had}")
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _is_number(leaf: Any) -> bool:
