@@ -19,7 +19,8 @@ paper's own benchmarks (MMLU, GSM8K, BBH) are at chance for this model before an
 sets (TruthfulQA, ToxiGen) are not in the data folder: give them as `--task FILE.jsonl`.
 
 `rome-released` sets C to the identity, as the paper's code does for every size; `rome` has the
-statistics of the original. All six closed forms average over 5 sampled prefixes.
+statistics of the original. All six closed forms average over 5 sampled prefixes. KN edits towards a
+target's first token.
 
 Expected: ROME without statistics falls first, AlphaEdit and FT-L (with its clamp) last.
 """
@@ -79,7 +80,7 @@ def chosen(name: str, prefixes: tuple[str, ...], editors: Path | None) -> Chosen
         if editors is None or not (editors / key).exists():
             raise UserError(f"{name} needs an editor trained beforehand in EDITORS/{key}")
         return Chosen(name, method, method.config(editor=str(editors / key)))
-    config = method.config()
+    config = method.config(several="first") if name == "kn" else method.config()
     if hasattr(config, "target"):
         config = replace(config, target=replace(config.target, prefixes=prefixes))
     if name == "rome-released":
