@@ -179,7 +179,9 @@ def _resnet(task: Task, seed: int) -> Setup:
     from jaxsys.data.images import digits, train_valid
     from jaxsys.models import resnet
 
-    graphdef, init = resnet.named(task.model, n_channels=1, n_classes=10)
+    graphdef, init = resnet.named(
+        task.model, n_channels=1, n_classes=10, small_images=task.image <= 64
+    )
     images, _ = train_valid(digits(), seed=seed)
     times = -(-task.image // images.images.shape[1])
 

@@ -1,0 +1,95 @@
+"""Profiles of a fleet: speeds and links against known ones."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from jaxsys.cluster.transport import in_memory, message_bytes
+from jaxsys.core.graph import Dag, Node
+from jaxsys.pipeline import probe
+from jaxsys.pipeline.devices import Device, Fleet
+from jaxsys.pipeline.profile import Profile, assemble
+
+
+class _Slow:
+    """A transport whose links are busy for as long as a message's bytes take."""
+
+    def __init__(self, inner, bytes_per_s):
+        self._inner, self._bytes_per_s = inner, bytes_per_s
+        self.rank, self.size, self.sent_bytes = inner.rank, inner.size, inner.sent_bytes
+        self._free_s = [0.0] * self.size
+
+    def send(self, to, key, arrays):
+        now = time.perf_counter()
+        seconds = message_bytes(arrays) / self._bytes_per_s[self.rank][to]
+        self._free_s[to] = max(now, self._free_s[to]) + seconds
+        threading.Timer(self._free_s[to] - now, self._inner.send, (to, key, arrays)).start()
+
+    def receive(self, source, key, specs):
+        return self._inner.receive(source, key, specs)
+
+    def expect(self, source, key, specs): ...
+
+    def close(self, lost=None): ...
+
+
+def test_links_are_told_apart_and_directions_too(monkeypatch):
+    """Rates of 2, 8 and 40 MB/s on three links, one of them slower on its way back."""
+    monkeypatch.setattr(probe, "_LINK_S", 0.004)
+    rates = np.array([[1, 2, 8], [8, 1, 40], [8, 40, 1]]) * 1e6
+    found = {}
+
+    def work(end):
+        found[end.rank] = probe.measure_links(_Slow(end, rates))
+
+    threads = [threading.Thread(target=work, args=(end,)) for end in in_memory(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    latency_s, bytes_per_s, _ = found[0]
+    off = ~np.eye(3, dtype=bool)
+    assert np.all(bytes_per_s[off] < 1.3 * rates[off])  # a busy machine only makes them slower
+    assert np.all(bytes_per_s[off] > 0.3 * rates[off])
+    assert np.all(latency_s[off] >= 0)
+    assert all(np.array_equal(found[p][1], bytes_per_s) for p in range(3))
+
+
+def _graph(flops):
+    return Dag(tuple(Node(f"n{i}", f, (), (), 4, 4) for i, f in enumerate(flops)), (), (), ())
+
+
+def test_speeds_and_node_times_that_flops_explain_are_found_exactly():
+    flops, speeds = np.array([1e6, 2e6, 4e6, 8e6]), np.array([1e9, 4e9, 5e8])
+    rows = [
+        [1e9, 1e-9 * 1e9 / s, *np.stack([flops / s, 2 * flops / s], axis=1).reshape(-1)]
+        for s in speeds
+    ]
+    found = assemble(_graph(flops), np.array(rows), np.zeros((3, 3)), np.ones((3, 3)))
+    np.testing.assert_allclose(found.fleet.speed_flops_s, speeds)
+    np.testing.assert_allclose(found.node_s, np.stack([flops, 2 * flops], axis=1) / 1e9)
+    assert found.codec_s_per_byte == pytest.approx(1e-9)
+    assert "r² 1.000" in found.notes[0]
+    work = found.work(_graph(flops))
+    np.testing.assert_allclose(np.diff(work.total), 3 * flops)
+
+
+def test_node_times_that_flops_do_not_explain_are_kept_and_said():
+    """A device's total is predicted exactly whatever its nodes take each."""
+    flops = np.array([1e6, 1e6, 1e6])
+    rows = np.array([[1.0, 0.0, 1, 2, 9, 2, 1, 5], [1.0, 0.0, 2, 4, 18, 4, 2, 10]])
+    found = assemble(_graph(flops), rows, np.zeros((2, 2)), np.ones((2, 2)), ["kept"])
+    assert found.notes[0] == "kept"
+    assert "do not explain" in found.notes[1]
+    total = np.array(found.node_s).sum() * found.reference_flops_s
+    np.testing.assert_allclose(total / found.fleet.speed_flops_s, [20, 40])
+
+
+def test_a_profile_is_read_back():
+    fleet = Fleet(
+        (Device("w0", 1e9, 1e9), Device("w1", 2e9, 1e9)), np.zeros((2, 2)), np.ones((2, 2))
+    )
+    profile = Profile(fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, 1e-9, ("a note",))
+    assert Profile.from_json(profile.to_json()) == profile
