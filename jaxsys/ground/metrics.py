@@ -258,6 +258,7 @@ def write_leaderboard(
         UserError: for scores that do not fit the rows.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> file = Path(tempfile.mkdtemp(), "test.json")
     >>> write_leaderboard(file, [Row("it", ("a", "b"))], [[[0.0, 1.0]]], views_seen=8)
     >>> file.read_text()
