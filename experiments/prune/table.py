@@ -187,8 +187,8 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         rows,
         key=lambda row: (
-            patterns.get(row["pattern"], -1),
             order.get(row["method"], len(order)),
+            patterns.get(row["pattern"], -1),
             row["seed"],
         ),
     )

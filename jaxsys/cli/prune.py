@@ -70,7 +70,8 @@ class CompareCommand(Common):
       json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for compare.jsonl (rows that are there are not done again), .md and .png.
       seed: First of the seeds.
-      methods: Names, or expressions over W, G, X; see `jaxsys prune run --help`.
+      methods: Names, or expressions over W, G, X; see `jaxsys prune run --help`. All by default;
+        those that do not go with a pattern are left out there.
       patterns: unstructured, row, matrix, n:m such as 2:4, or blocks such as 16x16.
       sparsities: Shares to remove, for patterns other than n:m.
       text: Calibration text; Python's own language reference by default.
@@ -87,12 +88,18 @@ class CompareCommand(Common):
         "dense",
         "magnitude",
         "wanda",
+        "wanda_alpha",
         "sparsegpt",
         "ria",
+        "ria_permuted",
+        "gradient",
         "gblm",
         "pruner_zero",
         "dsnot",
         "alps",
+        "owl",
+        "besa",
+        "wanda_update",
     )
     patterns: tuple[str, ...] = ("unstructured",)
     sparsities: tuple[float, ...] = (0.5,)

@@ -16,7 +16,7 @@ from jaxsys.core.errors import UserError
 from jaxsys.core.tree import flatten, unflatten
 from jaxsys.evaluate import from_lm, perplexity
 from jaxsys.prune.blocks import Blocks, block_gradients
-from jaxsys.prune.methods import find_method
+from jaxsys.prune.methods import SOLVERS, find_method
 from jaxsys.prune.patterns import Pattern
 from jaxsys.prune.protocol import sequential
 
@@ -26,13 +26,14 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 def applies(name: str, pattern: Pattern) -> bool:
     """Say whether a method goes with a pattern.
 
-    >>> applies("owl", Pattern(nm=(2, 4))), applies("ria_permuted", Pattern(0.5))
+    >>> applies("owl", Pattern(nm=(2, 4))), applies("dsnot", Pattern(block=(2, 2)))
     (False, False)
     """
     method = find_method(name)
     if pattern.nm:
         return method.ratios == "uniform"
-    return not method.permute and not (pattern.block and method.metric in ("sparsegpt", "alps"))
+    whole = method.metric in SOLVERS or method.refine == "dsnot"
+    return not method.permute and not (pattern.block and whole)
 
 
 def compare(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jaxsys.cli import main
+from jaxsys.cli.prune import CompareCommand
 from jaxsys.core.checkpoint import read_safetensors
 from jaxsys.core.errors import UserError
 from jaxsys.core.tree import flatten, unflatten
 from jaxsys.models import lm
 from jaxsys.prune import (
+    METHODS,
     Method,
     Pattern,
     lm_blocks,
@@ -155,16 +157,20 @@ def test_the_command_prunes_and_compares(tmp_path, capsys):
     assert np.isfinite(lm.apply(tree, config, TOKENS[:1]).logits.astype(jnp.float32)).all()
 
     table = ["prune", "compare", *common, "--out", str(tmp_path / "table"), "--windows", "1"]
-    table += ["--methods", "dense", "magnitude", "wanda", "--patterns", "unstructured", "2:4"]
+    table += ["--methods", "dense", "magnitude", "dsnot", "--patterns", "2:4", "16x16"]
     assert main(table) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["method"] for row in rows] == ["dense"] + 2 * ["magnitude", "wanda"]
+    assert [row["method"] for row in rows] == ["dense", "magnitude", "dsnot", "magnitude"]
     assert all(np.isfinite(row["perplexity"]) for row in rows)
     assert main(table) == 0  # every row is known
     assert json.loads(capsys.readouterr().out)["rows"] == rows
     assert (tmp_path / "table" / "compare.png").exists()
     assert main([*table, "--windows", "2"]) == 2  # those rows are of other windows
     assert "for windows it has 1 and this one 2" in capsys.readouterr().err
+
+
+def test_all_methods_are_compared_unless_told_otherwise():
+    assert set(CompareCommand(model="tiny").methods) == {"dense", *METHODS}
 
 
 @pytest.mark.parametrize(
