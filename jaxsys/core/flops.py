@@ -1,11 +1,14 @@
 """Floating-point operations of a function's equations, loop bodies times their trip counts.
 
-A product of matrices is 2 per multiplication and addition, a convolution likewise; a reduction is
-one per element read; moving data is free; every other operation is one per element written.
+A product of matrices is 2 per multiplication and addition, a convolution likewise, where its window
+meets the image and not its padding; a reduction is one per element read; moving data is free; every
+other operation is one per element written.
 """
 
 import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxsys.core.equations import Equation, inner_jaxprs
 
@@ -97,8 +100,7 @@ def _plain(name: str, params: Any, ins: Any, outs: Any, read: int, written: int)
         (contract, _), _ = params["dimension_numbers"]
         return 2.0 * written * math.prod(ins[0][axis] for axis in contract)
     if name == "conv_general_dilated":
-        kernel = params["dimension_numbers"].rhs_spec  # (out, in / groups, space...)
-        return 2.0 * written * math.prod(ins[1]) / ins[1][kernel[0]]
+        return _convolution(params, ins, outs)
     if name.startswith("ragged_dot"):
         return 2.0 * math.prod(ins[0]) * ins[1][-1]  # every row meets one matrix
     if name in _FREE:
@@ -120,3 +122,17 @@ def _plain(name: str, params: Any, ins: Any, outs: Any, read: int, written: int)
         side = ins[1][-1] if name == "triangular_solve" else min(rows, columns)
         return factor * read * side
     return float(written)
+
+
+def _convolution(params: Any, ins: Any, outs: Any) -> float:
+    image, kernel, out = params["dimension_numbers"]  # (batch or out, channels or in, space...)
+    flops = 2.0 * outs[0][out[0]] * outs[0][out[1]] * ins[1][kernel[1]]
+    space = zip(image[2:], kernel[2:], out[2:], strict=True)
+    for d, (i, k, o) in enumerate(space):
+        steps = np.arange(outs[0][o])[:, None] * params["window_strides"][d]
+        taps = np.arange(ins[1][k]) * params["rhs_dilation"][d]
+        place = steps + taps - params["padding"][d][0]
+        spread = params["lhs_dilation"][d]
+        inside = (place >= 0) & (place < ins[0][i] * spread) & (place % spread == 0)
+        flops *= int(inside.sum())
+    return flops

@@ -97,8 +97,8 @@ def dag(loss_fn: Callable[..., Any], params: Any, *data: Any, granularity: str =
       granularity: a node for each module, the leaves that share a parent path, from its first use
         on (``layer``); for each outermost `jax.named_scope`, what lies outside belonging to the one
         before (``scope``); or for each equation (``primitive``). Between two modules there may be
-        equations without parameters: the border lies where the fewest bytes cross, or else as late
-        as possible.
+        equations without parameters: the border lies where the fewest bytes cross; of several
+        such places at the last, but before the next reduction.
 
     Returns:
       The graph, each node with its cost.
@@ -229,8 +229,19 @@ def _layers(graph: Graph, paths: Sequence[str], first: Sequence[int]) -> list[tu
         before = bisect.bisect_left(with_leaves, start)
         low = with_leaves[before - 1] + 1 if before else start
         gap = main[bisect.bisect_left(main, low) : bisect.bisect_right(main, start)]
-        found.append((min(gap, key=lambda i: (alive[i], -i)), name))
+        found.append((_border(graph, gap, alive), name))
     return found
+
+
+def _border(graph: Graph, gap: Sequence[int], alive: Sequence[int]) -> int:
+    """Choose the equation with which a module begins, of those from the last module's end on."""
+    fewest = min(alive[i] for i in gap)
+    ties = [i for i in gap if alive[i] == fewest]
+    for here, following in itertools.pairwise(ties):
+        between = graph.program.equations[here:following]
+        if any(e.primitive.name.startswith("reduce_") for e in between):
+            return here  # statistics belong to the module that normalises with them
+    return ties[-1]
 
 
 def _bytes_alive(graph: Graph) -> list[int]:
