@@ -27,6 +27,7 @@ WITHOUT_EXAMPLE = {
     "jaxsys/localsgd/profiling.py:measure_weather": "times a job that is running",
     "jaxsys/localsgd/supervise.py:run_workers": "starts worker processes",
     "jaxsys/localsgd/worker.py:main": "is the program of a worker process",
+    "jaxsys/pipeline/worker.py:main": "is the program of a worker process",
 }
 
 

@@ -59,12 +59,10 @@ class Engine:
 
     def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
         """Offer a message to its receiver; returns at once."""
-        import jax.numpy as jnp
-
         check_peer(to, self.rank, self.size)
         self._control.check()
         self.sent_bytes[to] += message_bytes(arrays)
-        offered = [jnp.asarray(x) for x in arrays if x.size]
+        offered = [_on_device(x) for x in arrays if x.size]
         if offered:
             self._server.await_pull(_number(self.rank, to, key), offered)
 
@@ -76,18 +74,14 @@ class Engine:
         if (source, key) in self._under_way:
             return
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = [
-            jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here)
-            for s in specs
-            if np.prod(s.shape, dtype=np.int64)
-        ]
+        wanted = [jax.ShapeDtypeStruct(*_laid_out(s), sharding=here) for s in specs if _size(s)]
         number = _number(source, self.rank, key)
         pulled = iter(self._peers[source].pull(number, wanted) if wanted else ())
 
         def wait() -> list[np.ndarray]:
             return [
-                np.asarray(next(pulled))
-                if np.prod(s.shape, dtype=np.int64)
+                np.asarray(next(pulled)).view(s.dtype).reshape(s.shape)
+                if _size(s)
                 else np.zeros(s.shape, s.dtype)
                 for s in specs
             ]
@@ -124,6 +118,27 @@ def _start_server(host: str) -> Any:
 
     address = f"[{host}]:0" if ":" in host else f"{host}:0"
     return transfer.start_transfer_server(jax.local_devices()[0].client, address, [address])
+
+
+def _size(spec: Any) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64))
+
+
+def _laid_out(spec: Any) -> tuple[tuple[int, ...], Any]:
+    """Give shape and dtype in which the engine carries an array; 64 bits go as bytes."""
+    if np.dtype(spec.dtype).itemsize < 8:
+        return spec.shape, spec.dtype
+    return (8 * _size(spec),), np.uint8
+
+
+def _on_device(x: Any) -> Any:
+    import jax.numpy as jnp
+
+    shape, dtype = _laid_out(x)
+    if shape == x.shape:
+        return jnp.asarray(x)
+    # Without x64 a device would halve them.
+    return jnp.asarray(np.ascontiguousarray(np.asarray(x)).reshape(-1).view(dtype))
 
 
 def _number(source: int, target: int, key: Key) -> int:

@@ -8,7 +8,7 @@ of every process, ``step`` and ``saved`` of process 0, ``lost`` of whoever misse
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def run(job: Job, member: Membership, transport: Transport, tell: Tell) -> State
     setup = set_up(job.task, job.seed)
     worker = make_worker(job, setup, transport)
     store = PipelineStore(Path(job.out) / "checkpoints")
-    state = worker.init(own_leaves(setup, worker, job.seed))
+    state = worker.init(own_leaves(setup.init, set(worker.paths.values()), job.seed))
     found = store.restore(worker, state)
     if found is not None:
         state, _ = found
@@ -106,7 +106,14 @@ def make_worker(job: Job, setup: Setup, transport: Transport) -> Worker:
       The worker; nothing is compiled yet.
 
     Raises:
-      UserError: the plan is of another model, or there are more or fewer processes than it needs.
+      UserError: the boundaries do not fit the model, or the processes are not as many as planned.
+
+    >>> from jaxsys.cluster.transport import in_memory
+    >>> from jaxsys.pipeline.job import Task
+    >>> from jaxsys.pipeline.plan import Plan
+    >>> job = Job(Task(blocks=1, width=8, heads=2, length=4), Plan(3, (1,), (0, 1)), steps=1)
+    >>> len(make_worker(job, set_up(job.task), in_memory(2)[0]).stages)
+    1
     """
     plan, shapes = job.plan, setup.shapes()
     data = setup.micro_batch(len(plan.chains) * plan.micro_batches)
@@ -115,21 +122,24 @@ def make_worker(job: Job, setup: Setup, transport: Transport) -> Worker:
     return Worker(staged, plan, transport, optimizer, shapes, error_feedback=job.error_feedback)
 
 
-def own_leaves(setup: Setup, worker: Worker, seed: int) -> dict[str, Any]:
-    """Make the parameters that a worker holds, and no others.
+def own_leaves(init: Callable[[Any], Any], paths: Collection[str], seed: int) -> dict[str, Any]:
+    """Make some of a model's parameters, and no others.
 
     Args:
-      setup: the task.
-      worker: of which process.
+      init: ``init(key) -> params``.
+      paths: of the leaves wanted.
       seed: of the parameters.
 
     Returns:
       Path to leaf.
+
+    >>> init = lambda key: {"a": jax.numpy.ones(2), "b": jax.random.normal(key, (3,))}
+    >>> own_leaves(init, ["a"], 0)["a"].tolist()
+    [1.0, 1.0]
     """
-    names = set(worker.paths.values())
 
     def some(key: Any) -> dict[str, Any]:
-        return {k: x for k, x in tree.flatten(setup.init(key)).items() if k in names}
+        return {k: x for k, x in tree.flatten(init(key)).items() if k in paths}
 
     return jax.jit(some)(jax.random.key(seed))
 
@@ -171,6 +181,12 @@ def connected(job: Job, member: Membership) -> Transport:
 
     Raises:
       UserError: it has another name, or the processes do not find each other.
+
+    >>> from jaxsys.pipeline.job import Task
+    >>> from jaxsys.pipeline.plan import Plan
+    >>> job = Job(Task(), Plan(1, (), (0,)), steps=1)
+    >>> connected(job, Membership(0, 1, None, "single")).size
+    1
     """
     if job.transport not in ("sockets", "engine"):
         raise UserError(

@@ -53,6 +53,7 @@ def test_messages_arrive_whole_in_any_order_and_are_counted(kind):
         np.array([True, False]),
         np.zeros((0, 4), np.int32),
         np.arange(5, dtype=np.int8),
+        np.array([[2**40, 1]], np.int64),
     ]
     specs = [np.empty(x.shape, x.dtype) for x in arrays]
     pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
