@@ -37,7 +37,7 @@ class Graph(NamedTuple):
       reads: per equation, the leaves, data, constants and results of placed equations that it
         needs, through free ones.
       maker: number of each value that a placed equation makes, to the equation's index.
-      differentiable: numbers of the values on which a gradient depends.
+      differentiable: numbers of the values that a gradient passes.
       counts: operations of each equation.
 
     >>> graph = trace_loss(lambda p, x: jnp.sum(p * x), jnp.ones(2), jnp.ones(2))
@@ -149,9 +149,18 @@ def _sort(program: Program, n_leaves: int, apart: bool) -> Graph:
         tuple(kinds),
         tuple(reads),
         maker,
-        frozenset(differentiable),
+        frozenset(differentiable & _answered(program)),
         counts,
     )
+
+
+def _answered(program: Program) -> set[int]:
+    """Find the values from which a way without stop_gradient leads to a result."""
+    found = {v for v in program.results if isinstance(v, int)}
+    for eqn in reversed(program.equations):
+        if eqn.primitive.name != "stop_gradient" and not found.isdisjoint(eqn.outputs):
+            found.update(eqn.reads)
+    return found
 
 
 def _inexact(aval: Any) -> bool:

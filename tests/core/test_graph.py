@@ -61,17 +61,13 @@ def test_loops_count_as_often_as_they_run():
         return x
 
     args = _shape(3, 4), _shape(6, 4, 4)
-    assert (
-        _flops(looped, *args) == _flops(unrolled, *args) == Count(6 * (2 * 48 + 12 * 4 - 36), False)
-    )
+    once = 2 * 3 * 4 * 4 + 3 * 4
+    assert _flops(looped, *args) == _flops(unrolled, *args) == Count(6.0 * once, False)
     nested = _flops(lambda x, ws: jax.lax.fori_loop(0, 5, lambda _, y: looped(y, ws), x), *args)
     # The counters of the loop add a few operations of their own.
     assert 5 * 6 * once <= nested.flops <= 5 * (6 * once + 3)
-    either = _flops(
-        lambda c, x, ws: jax.lax.cond(c, lambda: looped(x, ws), lambda: x),
-        _shape(dtype=bool),
-        *args,
-    )
+    flag = _shape(dtype=bool)
+    either = _flops(lambda c, x, w: jax.lax.cond(c, lambda: looped(x, w), lambda: x), flag, *args)
     assert 6 * once <= either.flops <= 6 * once + 2
     while_loop = _flops(
         lambda x: jax.lax.while_loop(lambda y: y[0] < 9, lambda y: 2 * y, x), _shape(4)
@@ -163,7 +159,7 @@ def test_primitives_are_nodes_and_costs_do_not_depend_on_the_grain():
         )
 
 
-def test_saved_bytes_are_about_those_of_the_real_backward_pass():
+def test_saved_bytes_are_those_of_the_real_backward_pass():
     def loss_fn(params, x):
         h = jnp.tanh(x @ params["a"])
         h = jax.nn.softmax(h @ params["b"], -1) * h
@@ -176,8 +172,20 @@ def test_saved_bytes_are_about_those_of_the_real_backward_pass():
     tape = stages.cut_at(loss_fn, params, (x,), ()).forward(params, x)
     leaves = {id(p) for p in jax.tree.leaves(params)}
     kept = sum(v.nbytes for v in tape.pullbacks[0].values if id(v) not in leaves)
-    # Rules looked at one by one cannot see where two of them keep the same number.
-    assert kept <= sum(node.saved_bytes for node in dag.nodes) <= 1.1 * kept
+    assert sum(node.saved_bytes for node in dag.nodes) == kept
+
+
+def test_what_no_gradient_passes_needs_no_way_back():
+    def loss_fn(params, x):
+        y = x @ params[0]
+        z = jnp.tanh(y) @ params[1]
+        return jnp.sum((z - jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))) @ params[2])
+
+    params = [_shape(4, 4)] * 3
+    dag = graph.dag(loss_fn, params, _shape(4, 4), granularity="primitive")
+    ways = {dag.nodes[e.source].name: e.differentiable for e in dag.edges}
+    assert not ways["reduce_max"]
+    assert all(ways[name] for name in ("dot_general", "tanh", "sub"))
 
 
 def test_a_loop_of_unknown_length_on_data_is_counted_once_and_named():
