@@ -10,6 +10,7 @@ from jaxsys.core.checkpoint.safetensors import (
     read_header,
     read_safetensors,
 )
+from jaxsys.core.checkpoint.torch_pickle import read_torch
 from jaxsys.core.checkpoint.writer import write_safetensors
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "read_header",
     "read_llama2c",
     "read_safetensors",
+    "read_torch",
     "write_safetensors",
 ]

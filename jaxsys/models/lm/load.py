@@ -176,17 +176,42 @@ def check(config: LMConfig, found: Mapping[str, tuple[int, ...]], where: str) ->
     jaxsys.core.errors.UserError: here does not fit its configuration: missing: ...
     """
     wanted = {name: leaf.shape for name, leaf in shapes(config).items()}
+    compare(wanted, found, where, f"a {config.model_type} model")
+
+
+def compare(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    kind: str,
+) -> None:
+    """Compare the tensors of a file or tree with those that a configuration asks for.
+
+    Args:
+        wanted: name to shape.
+        found: name to shape.
+        where: the file or tree, for the message.
+        kind: what it should hold, for the message.
+
+    Raises:
+        UserError: naming tensors that are missing, superfluous or of another shape.
+
+    >>> compare({"w": (2,)}, {"w": (3,)}, "here", "a toy")
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: here does not fit its configuration: of another shape: w (3,) ...
+    """
     wrong = [n for n in wanted if n in found and tuple(found[n]) != wanted[n]]
     problems = {
         "missing": [n for n in wanted if n not in found],
         "superfluous": [n for n in found if n not in wanted],
         "of another shape": [f"{n} {tuple(found[n])} for {wanted[n]}" for n in wrong],
     }
-    told = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    told = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
     if told:
         raise UserError(
             f"{where} does not fit its configuration: {'; '.join(told)}; expected the tensors of "
-            f"a {config.model_type} model; use the config.json that belongs to the weights"
+            f"{kind}; use the config.json that belongs to the weights"
         )
 
 
