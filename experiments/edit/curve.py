@@ -41,7 +41,7 @@ from facts import (
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine
-from jaxsys.core.report import atomic_write, markdown_table, print_table
+from jaxsys.core.report import atomic_write, markdown_table, print_table, write_jsonl
 from jaxsys.edit.curve import Chosen, CurveConfig, Grid
 from jaxsys.edit.curve_figure import curve_table, draw_curve
 from jaxsys.edit.evaluation import EvaluationConfig
@@ -130,7 +130,8 @@ def findings(cells: list[dict[str, Any]]) -> list[str]:
             told += f"; nats per token {nats[0]:.2f} → {nats[1]:.2f}"
         if "arc_easy_written" in last:
             written = last["arc_easy_written"]
-            told += f"; mute {written['muted']:.2f}, one answer {written['constant']:.2f}"
+            told += f"; in writing: mute {written['muted']:.2f}, no option named "
+            told += f"{written['empty']:.2f}, one answer {written['constant']:.2f}"
         lines.append(told)
     lines += [
         f"- {c['method']} stopped at {c['n']} edits: {c['failed']}" for c in cells if "failed" in c
@@ -146,13 +147,14 @@ def report(cells: list[dict[str, Any]], name: str) -> None:
         "in writing as accuracies, WikiText-2 in nats per token; `mute` the share of written "
         "answers that are empty, `same` the share of the commonest answer (the larger of the "
         "tasks); what became of the facts edited so far (at most 20 of them, the newest among "
-        "them). Intervals are in the figure and in `cells.jsonl`.",
+        f"them). Intervals are in the figure and in `curve_{name}.jsonl`.",
         markdown_table(curve_table(cells)),
         "\n".join(findings(cells)),
         PAPER,
         f"`python experiments/edit/curve.py` on {machine()}.",
     ]
     atomic_write(RESULTS / f"curve_{name}.md", "\n\n".join(text) + "\n")
+    write_jsonl(RESULTS / f"curve_{name}.jsonl", cells)
     if any(cell["n"] and "failed" not in cell for cell in cells):
         draw_curve(cells, RESULTS / f"curve_{name}.png", f"{name}, sequential edits")
 
