@@ -24,6 +24,7 @@ GROUPS = {
     "prune": "pruning after training: run, compare, search",
     "edit": "change facts in a model: apply, evaluate, curve, trace, stats",
     "moe": "mixtures of experts, planned and pipelined: plan, profile, train",
+    "pipeline": "training over unequal devices and slow links: plan, train",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",
 }

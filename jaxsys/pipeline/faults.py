@@ -89,6 +89,7 @@ class _Follower:
     def begin(self) -> None:
         self.accused: list[tuple[int, str]] = []
         self.noticed_s: float | None = None
+        self.warm: set[int] = set()
         self.busy: dict[int, list[float]] = collections.defaultdict(list)
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -98,7 +99,9 @@ class _Follower:
             self.step_s[event["step"]] = event["step_s"]
         elif kind == "stages":
             for stage, seconds in event["busy_s"].items():
-                self.busy[int(stage)].append(seconds)
+                if int(stage) in self.warm:  # the first step of an attempt compiles
+                    self.busy[int(stage)].append(seconds)
+                self.warm.add(int(stage))
         elif kind == "saved":
             self.saved = event["step"]
         elif kind == "lost":
@@ -148,6 +151,9 @@ def supervise(
     Raises:
       UserError: a mistake that a worker reported, or nothing is left to run on.
       RuntimeError: a worker failed by an error of the program, or too many were lost.
+
+    >>> supervise.__name__  # starts processes: see tests/pipeline/test_faults.py
+    'supervise'
     """
     if isinstance(place, Place):
         with place.stand() as standing:

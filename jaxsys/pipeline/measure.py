@@ -51,6 +51,9 @@ def measure(
     Raises:
       UserError: a mistake in the task, or a place that cannot be had.
       RuntimeError: a process failed.
+
+    >>> measure.__name__  # starts processes: see tests/pipeline/test_cli.py
+    'measure'
     """
     if standing is None:
         with place.stand() as made:
@@ -101,7 +104,14 @@ def measure(
 
 
 def main(spec_file: str) -> None:
-    """Measure in this process; a mistake is one marked sentence and status 2."""
+    """Measure in this process; a mistake is one marked sentence and status 2.
+
+    Args:
+      spec_file: what `measure` wrote.
+
+    >>> main.__name__
+    'main'
+    """
     try:
         spec = json.loads(Path(spec_file).read_text())
         member = join(local_devices=1, distributed=False)

@@ -119,6 +119,27 @@ class Place:
             yield Standing(wrap, hosts, links, between)
 
 
+def read_clusters(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Read groups of devices as a command line has them.
+
+    Args:
+      texts: one for each group, device numbers with commas between.
+
+    Raises:
+      UserError: something else than such numbers.
+
+    >>> read_clusters(["0,2", "1,3"])
+    ((0, 2), (1, 3))
+    """
+    try:
+        return tuple(tuple(int(part) for part in text.split(",")) for text in texts)
+    except ValueError as error:
+        raise UserError(
+            f"the clusters are {list(texts)}; expected device numbers with commas between, such "
+            "as 0,2 1,3; correct them"
+        ) from error
+
+
 def _cores(shares: Sequence[float | int]) -> tuple[int, ...]:
     """Bind devices to cores so that no core is asked for more than it has; () where it cannot be.
 

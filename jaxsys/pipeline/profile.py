@@ -112,6 +112,9 @@ def profile(
 
     Returns:
       The profile on process 0, None on the others.
+
+    >>> profile.__name__  # compiles a model: see tests/pipeline/test_profile.py
+    'profile'
     """
     graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(micro_batches),
                 granularity=granularity)  # fmt: skip
@@ -214,6 +217,9 @@ def node_programs(
 
     Returns:
       A pair of functions for each node; nodes of one form share theirs.
+
+    >>> node_programs.__name__  # compiles a model: see tests/pipeline/test_profile.py
+    'node_programs'
     """
     specs = setup.micro_batch(micro_batches)
     boundaries = tuple(range(1, n_nodes))

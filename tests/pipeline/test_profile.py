@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from jaxsys.cluster.transport import in_memory, message_bytes
-from jaxsys.core.graph import Dag, Node
+from jaxsys.core.graph import Dag, Node, dag
 from jaxsys.pipeline import probe
+from jaxsys.pipeline import profile as profiles
 from jaxsys.pipeline.devices import Device, Fleet
+from jaxsys.pipeline.job import Task, set_up
+from jaxsys.pipeline.planner import make_plan
 from jaxsys.pipeline.profile import Profile, assemble
 
 
@@ -93,3 +96,17 @@ def test_a_profile_is_read_back():
     )
     profile = Profile(fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, 1e-9, ("a note",))
     assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_a_model_is_profiled_in_one_process(monkeypatch):
+    """All nodes get times, nodes of one form the same programs, and a plan can be made of it."""
+    monkeypatch.setattr(profiles, "_WINDOW_S", 0.0)
+    setup = set_up(Task(blocks=2, width=8, heads=2, length=4, batch=2))
+    found = profiles.profile(setup, 2, in_memory(1)[0], memory_bytes=1e9)
+    graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(2))
+    assert len(found.node_s) == len(graph.nodes)
+    assert np.all(np.array(found.node_s) > 0)
+    plan = make_plan(found.work(graph), found.fleet, micro_batches=2, method="exact")
+    assert plan.predicted_s == pytest.approx(2 * np.array(found.node_s).sum())
+    programs = profiles.node_programs(setup, 2, len(graph.nodes))
+    assert len({id(forward) for forward, _ in programs}) < len(programs)
