@@ -1,14 +1,15 @@
 """Devices in a row: what a cut of the graph would cost on each, and the closed form of a step."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxsys.core.errors import UserError
 from jaxsys.pipeline.devices import Fleet
-from jaxsys.pipeline.memory import ADAM, Limits, first_start, held_of
+from jaxsys.pipeline.memory import ADAM, Limits, held_of, starts_that_fit
 from jaxsys.pipeline.wire import wire_bytes
 from jaxsys.pipeline.work import Work, crossing
 
@@ -75,8 +76,10 @@ class Chains(NamedTuple):
         latency: α of each boundary, forward and backward, [2, Q, S − 1].
         s_per_byte: β of each boundary, [2, Q, S − 1].
         starts: earliest starts that fit into a memory, one row per kind of memory, [U, N + 1].
+        allowed: whether a stage may start at a position, likewise, [U, N + 1].
         kind: row of ``starts`` for each stage, [Q, S].
         steps: ``(m − 1) · chunks``, how often the slowest resource is waited for.
+        duplex: whether R counts the longer direction only in the maximum, not both.
 
     >>> Chains._fields[0]
     'total'
@@ -88,8 +91,10 @@ class Chains(NamedTuple):
     latency: Float[np.ndarray, "2 Q S_1"]
     s_per_byte: Float[np.ndarray, "2 Q S_1"]
     starts: Int[np.ndarray, "U M"]
+    allowed: Bool[np.ndarray, "U M"]
     kind: Int[np.ndarray, "Q S"]
     steps: int
+    duplex: bool = False
 
     def one(self, q: int) -> "Chains":
         """Keep one order.
@@ -109,6 +114,40 @@ class Chains(NamedTuple):
         )
 
 
+def thinned(chains: Chains, n_most: int) -> Chains:
+    """Allow cuts at some positions only: of each block of neighbours where the fewest bytes cross.
+
+    Args:
+        chains: Q orders.
+        n_most: about how many positions to keep.
+
+    Returns:
+        The same orders over a coarser graph; what it can be cut into, the first one can.
+
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> work = chain_work([1] * 4, [9, 1, 9])
+    >>> thinned(make_chains(work, even_fleet([3]), [(0,)], micro_batches=1), 2).total.tolist()
+    [0.0, 6.0, 12.0]
+    """
+    n = len(chains.total) - 1
+    if n <= n_most:
+        return chains
+    edges = np.unique(np.linspace(1, n, n_most).astype(int))
+    kept = [a + int(np.argmin(chains.wire.forward_bytes[a:b])) for a, b in pairwise(edges)]
+    kept = np.array([0, *kept, n])
+    wire = chains.wire._replace(
+        forward_bytes=chains.wire.forward_bytes[kept],
+        backward_bytes=chains.wire.backward_bytes[kept],
+    )
+    return chains._replace(
+        total=chains.total[kept],
+        wire=wire,
+        starts=np.searchsorted(kept, chains.starts[:, kept]),
+        allowed=chains.allowed[:, kept],
+    )
+
+
 def make_chains(
     work: Work,
     fleet: Fleet,
@@ -119,6 +158,7 @@ def make_chains(
     chunks: int = 1,
     limits: Limits = ADAM,
     wire: Wire | None = None,
+    duplex: bool = False,
 ) -> Chains:
     """Prepare device orders for partitioning.
 
@@ -131,6 +171,7 @@ def make_chains(
         chunks: stages per device (``interleaved``); a stage may then use that share of its memory.
         limits: what a stage keeps in memory.
         wire: what crosses each position; dense if left out.
+        duplex: whether both directions of a link work at once all the time.
 
     Returns:
         The chains.
@@ -155,7 +196,7 @@ def make_chains(
     memory = fleet.memory_bytes[index] / chunks
     pairs = np.stack([memory, np.broadcast_to(np.asarray(held, np.float64), memory.shape)], -1)
     kinds, kind = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
-    starts = np.stack([first_start(work, size, h, limits) for size, h in kinds])
+    starts = [starts_that_fit(work, size, h, limits) for size, h in kinds]
     here, there = index[:, :-1], index[:, 1:]
     ends = ((here, there), (there, here))
     apart = here != there
@@ -165,9 +206,11 @@ def make_chains(
         speed=fleet.speed_flops_s[index],
         latency=np.stack([np.where(apart, fleet.latency_s[pair], 0.0) for pair in ends]),
         s_per_byte=np.stack([np.where(apart, 1 / fleet.bytes_per_s[pair], 0.0) for pair in ends]),
-        starts=starts,
+        starts=np.stack([each.first for each in starts]),
+        allowed=np.stack([each.allowed for each in starts]),
         kind=kind.reshape(memory.shape),
         steps=(micro_batches - 1) * chunks,
+        duplex=duplex,
     )
 
 
@@ -237,14 +280,34 @@ def times(chains: Chains, edges) -> tuple[Float[np.ndarray, "Q S"], Float[np.nda
     return compute, chains.latency + data
 
 
+def both_ways(chains: Chains, links):
+    """Join the two directions of boundaries into one R for the slowest part.
+
+    Args:
+        chains: Q orders.
+        links: seconds forward and backward, [2, ...].
+
+    Returns:
+        Their sum, or the longer one if links are duplex.
+
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> chains = make_chains(chain_work([1], []), even_fleet([3]), [(0,)], micro_batches=1)
+    >>> both_ways(chains, np.array([[1.0], [2.0]])).tolist()
+    [3.0]
+    """
+    return links.max(axis=0) if chains.duplex else links.sum(axis=0)
+
+
 def pipeline_s(chains: Chains, edges) -> Float[np.ndarray, "Q"]:
     """Predict the seconds of a step by the closed form of a pipeline.
 
     ``T = Σ_s (C_s + R_s) + (m − 1) · max_s max(C_s, R_s)``
 
-    Reconstruction: C is a stage's forward and backward; R of a boundary is both directions in the
-    sum, and the longer one in the maximum, since the directions of a link work at the same time.
-    What crosses a boundary is counted on its link, also where a value skips stages.
+    Reconstruction: C is a stage's forward and backward and R both directions of a boundary, as in a
+    pipeline that runs all forwards before all backwards. Where an order keeps both directions busy
+    at once (`Chains.duplex`), R is the longer one in the maximum. What crosses a boundary is
+    counted on its link, also where a value skips stages.
 
     Args:
         chains: Q orders.
@@ -265,5 +328,5 @@ def pipeline_s(chains: Chains, edges) -> Float[np.ndarray, "Q"]:
     compute, links = times(chains, edges)
     slowest = compute.max(axis=1)
     if links.size:
-        slowest = np.maximum(slowest, links.max(axis=(0, 2)))
+        slowest = np.maximum(slowest, both_ways(chains, links).max(axis=1))
     return compute.sum(axis=1) + links.sum(axis=(0, 2)) + chains.steps * slowest

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxsys.core.report import format_bytes
 from jaxsys.pipeline.devices import Fleet
@@ -34,10 +34,10 @@ ADAM = Limits()
 def stage_memory(work: Work, start, end, held, limits: Limits = ADAM):
     """Estimate the bytes that stages need, for arrays of stages at once.
 
-    ``copies · parameters + held · residuals``; with remat ``held · inputs + residuals``, where the
-    inputs are taken as the most that crosses any position of the stage but its end, which is never
-    too little. A parameter read by several nodes of a stage counts once, one read by two stages
-    counts in both.
+    ``copies · parameters + held · residuals``, or with remat ``copies · parameters +
+    held · inputs + residuals``: then only inputs are held, and one micro-batch's residuals while
+    they are needed. A parameter read by several nodes of a stage counts once, one read by two
+    stages in both.
 
     Reconstruction: the formula is ours.
 
@@ -58,30 +58,60 @@ def stage_memory(work: Work, start, end, held, limits: Limits = ADAM):
     [448.0, 424.0]
     """
     start, end = np.asarray(start), np.asarray(end)
+    inputs = work.cut_bytes[start] if limits.remat else None
+    return _bytes(work, start, end, held, limits, inputs)
+
+
+def _bytes(work: Work, start, end, held, limits: Limits, inputs):
     params = work.params[end] - work.params[start]
     for before, after, n_bytes in work.ties:
         params = params - n_bytes * ((start <= before) & (after < end))
     saved = work.saved[end] - work.saved[start]
-    if limits.remat:
-        return limits.copies * params + held * _range_max(work.cut_bytes, start, end) + saved
-    return limits.copies * params + held * saved
+    if inputs is None:
+        return limits.copies * params + held * saved
+    return limits.copies * params + held * inputs + saved
 
 
-def _range_max(x, start, end):
+def _range_max(x):
+    """Prepare ``max(x[start:end])`` for arrays of starts and ends; 0 where empty."""
     levels = [x]
-    while 2 ** len(levels) < len(x):
+    while 2 ** len(levels) <= len(x):
         step, last = 2 ** (len(levels) - 1), levels[-1]
-        levels.append(np.maximum(last, np.concatenate([last[step:], np.full(step, -np.inf)])))
-    level = np.log2(np.maximum(end - start, 1)).astype(int)
+        levels.append(np.maximum(last, np.concatenate([last[step:], np.zeros(step)])))
     table = np.stack(levels)
-    level = np.minimum(level, len(levels) - 1)
-    return np.maximum(table[level, start], table[level, np.maximum(end - 2**level, start)])
+
+    def most(start, end):
+        level = np.frexp(np.maximum(end - start, 1))[1] - 1
+        last = np.maximum(end - (1 << level), start)
+        return np.where(end > start, np.maximum(table[level, start], table[level, last]), 0.0)
+
+    return most
 
 
-def first_start(
+class Starts(NamedTuple):
+    """Which stages fit into a memory: those from an allowed start that is not before the first.
+
+    Attributes:
+        first: earliest start for each end, [N + 1].
+        allowed: whether a stage may start at a position, [N + 1].
+
+    >>> Starts(np.array([0, 0]), np.array([True, True])).first.tolist()
+    [0, 0]
+    """
+
+    first: Int[np.ndarray, "M"]
+    allowed: Bool[np.ndarray, "M"]
+
+
+def starts_that_fit(
     work: Work, memory_bytes: float | int, held: float | int, limits: Limits
-) -> Int[np.ndarray, "M"]:
-    """Find for every end the earliest start of a stage that fits into a memory.
+) -> Starts:
+    """Find where stages may start so that they fit into a memory.
+
+    Without remat the starts that fit are those from the first one on, since a longer stage never
+    needs less. With remat the inputs matter, which grow and shrink along the graph: then a start
+    where held inputs alone fill more than half of the memory is not allowed, and a stage counts
+    with the largest inputs of all its allowed positions. It may need less, never more.
 
     Args:
         work: the graph's costs.
@@ -90,22 +120,27 @@ def first_start(
         limits: what is kept.
 
     Returns:
-        For each end b the least a with ``stage_memory(a, b) ≤ memory``, and b where not even the
-        last node fits, [N + 1].
+        For each end b the least start, and b where not even the last node fits.
 
     >>> from jaxsys.pipeline.work import chain_work
     >>> work = chain_work([1, 1, 1], [0, 0], leaf_bytes=[1, 1, 1])
-    >>> first_start(work, 2.0, 0, Limits(copies=1)).tolist()
+    >>> starts_that_fit(work, 2.0, 0, Limits(copies=1)).first.tolist()
     [0, 0, 0, 1]
     """
     end = np.arange(work.n_nodes + 1)
+    allowed = np.full(len(end), True)
+    most = None
+    if limits.remat:
+        allowed = held * work.cut_bytes <= memory_bytes / 2
+        most = _range_max(np.where(allowed, work.cut_bytes, 0.0))
     low, high = np.zeros_like(end), end.copy()  # a stage from `high` on fits or is empty
     while np.any(low < high):
         middle = (low + high) // 2
-        fits = stage_memory(work, middle, end, held, limits) <= memory_bytes
+        inputs = None if most is None else most(middle, end)
+        fits = _bytes(work, middle, end, held, limits, inputs) <= memory_bytes
         high = np.where(fits, middle, high)
         low = np.where(fits, low, np.minimum(middle + 1, high))
-    return high
+    return Starts(high, allowed)
 
 
 def held_of(order: str, n_workers: int, micro_batches: int, chunks: int = 1) -> tuple[int, ...]:
@@ -154,18 +189,20 @@ def lack_of_memory(work: Work, fleet: Fleet, order: Sequence[int], held, limits:
         )
     reached = 0
     for k, h in enumerate(held):
-        starts = first_start(work, memory[k], h, limits)
-        fitting = np.flatnonzero((starts <= reached) & (np.arange(work.n_nodes + 1) > reached))
-        reached = int(fitting[-1]) if fitting.size else reached
-    rest = float(stage_memory(work, reached, work.n_nodes, min(held), limits))
+        starts = starts_that_fit(work, memory[k], h, limits)
+        ends = np.arange(work.n_nodes + 1)
+        fitting = np.flatnonzero((starts.first <= reached) & (ends > reached))
+        reached = int(fitting[-1]) if fitting.size and starts.allowed[reached] else reached
     if reached == work.n_nodes:
-        rest = float(least[worst])
         return (
-            f"{work.n_nodes} nodes fit into {len(order)} devices, but not with a node on each; "
-            "every device needs at least one; leave the smallest device out"
+            f"{work.n_nodes} nodes could be held by fewer than {len(order)} devices, but not with "
+            "one on each; every device needs a node that fits it; leave out the smallest device, "
+            "or the search method find which"
         )
+    rest = float(stage_memory(work, reached, work.n_nodes, min(held), limits))
+    last = work.names[reached - 1] if reached else "none"
     return (
         f"in this order {len(order)} devices with {format_bytes(memory.sum())} hold the nodes up "
-        f"to {work.names[reached - 1]!r} and {format_bytes(rest)} are left over; all must fit; "
-        "use fewer micro-batches in flight, remat, another order or more memory"
+        f"to {last!r} and {format_bytes(rest)} are left over; all must fit; use fewer "
+        "micro-batches in flight, remat, another order or more memory"
     )

@@ -7,18 +7,20 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxsys.pipeline.chains import Chains
+from jaxsys.pipeline.chains import Chains, both_ways, thinned
 from jaxsys.pipeline.partition import DoesNotFitError, exact, least_sum
 
 ALL_ORDERS = 6  # devices up to which all orders of all subsets are tried
 LOCAL_SEARCH = 100_000  # devices × nodes up to which orders are improved step by step
+FINALISTS = 8  # orders that a search returns
+_STRETCHES = 8  # of one length
 _GRID = np.array([0.4, 0.55, 0.7, 0.8, 0.87, 0.93, 0.97, 1.0])
 
 Make = Callable[[Sequence[Sequence[int]]], Chains]
 
 
 class Found(NamedTuple):
-    """Hold the best order of a search, its partition and its `chains.pipeline_s`.
+    """Hold an order that a search found, its partition and its `chains.pipeline_s`.
 
     >>> Found((1, 0), (2,), 3.0).devices
     (1, 0)
@@ -34,7 +36,8 @@ def score(chains: Chains, bounds) -> tuple[Float[np.ndarray, "Q"], Float[np.ndar
 
     ``min_B D(B) + (m − 1)·B`` over the given bounds B on every C and R (`partition.least_sum`). It
     is never below the best partition's time, and equal to it where B is that one's slowest part.
-    With AdaTopK of ratio r a bound B on what messages take allows ``r·B`` for dense ones.
+    With AdaTopK of ratio r a bound B on what messages take allows ``r·B`` for dense ones, or a
+    fifth of it.
 
     Args:
         chains: Q orders.
@@ -53,16 +56,18 @@ def score(chains: Chains, bounds) -> tuple[Float[np.ndarray, "Q"], Float[np.ndar
     """
     best = np.full(len(chains.speed), np.inf)
     at = best.copy()
+    shares = (1.0, 0.2) if chains.wire.ratio else (np.inf,)
     for bound in np.asarray(bounds).T:
-        most = bound * chains.wire.ratio if chains.wire.ratio else None
-        seconds = least_sum(chains, bound, most) + chains.steps * bound
-        at = np.where(seconds < best, bound, at)
-        best = np.minimum(seconds, best)
+        for share in shares:
+            most = bound * share * (chains.wire.ratio or 1.0)
+            seconds = least_sum(chains, bound, most) + chains.steps * bound
+            at = np.where(seconds < best, bound, at)
+            best = np.minimum(seconds, best)
     return best, at
 
 
 def first_scores(
-    chains: Chains, halvings: int = 12
+    chains: Chains, halvings: int = 10
 ) -> tuple[Float[np.ndarray, "Q"], Float[np.ndarray, "Q"], Float[np.ndarray, "Q"]]:
     """Score orders of which nothing is known: find each one's least bound, then try larger ones.
 
@@ -87,13 +92,13 @@ def first_scores(
     if chains.latency.size:
         largest = max(chains.wire.forward_bytes.max(), chains.wire.backward_bytes.max())
         links = chains.latency + largest * chains.s_per_byte
-        high = np.maximum(high, links.max(axis=(0, 2)))
+        high = np.maximum(high, both_ways(chains, links).max(axis=1))
     low, high = low * 0.999, high * 1.001
     for _ in range(halvings):
         middle = np.sqrt(low * high)
         met = np.isfinite(score(chains, middle[:, None])[0])
         low, high = np.where(met, low, middle), np.where(met, middle, high)
-    grid = high[:, None] * np.array([1.0, 1.05, 1.15, 1.3, 1.6, 2.5, 5.0, 20.0])
+    grid = high[:, None] * np.array([1.0, 1.1, 1.3, 1.7, 3.0, 10.0])
     least = least_sum(chains, np.full(len(low), np.inf)) + chains.steps * low
     return *score(chains, grid), np.zeros_like(least) if chains.wire.ratio else least
 
@@ -107,7 +112,7 @@ def search(
     rounds: int = 60,
     batch: int = 48,
     gap: float | int = 1e-6,
-) -> Found:
+) -> list[Found]:
     """Look for the devices and the order with the least time of their best partition.
 
     Up to `ALL_ORDERS` devices all orders of all subsets are compared, and the answer is the best of
@@ -128,7 +133,7 @@ def search(
         gap: as in `partition.exact`, for the last partitions.
 
     Returns:
-        The best order found with its exact partition.
+        Up to `FINALISTS` orders with their exact partitions, the best first.
 
     Raises:
         UserError: no order fits the memory.
@@ -138,7 +143,8 @@ def search(
     >>> from jaxsys.pipeline.fleets import even_fleet
     >>> from jaxsys.pipeline.work import chain_work
     >>> fleet, work = even_fleet([3, 6, 0.1]), chain_work([1] * 3, [0, 0])
-    >>> found = search(partial(make_chains, work, fleet, micro_batches=9), (0, 1, 2), n_nodes=3)
+    >>> make = partial(make_chains, work, fleet, micro_batches=9)
+    >>> found = search(make, (0, 1, 2), n_nodes=3)[0]
     >>> sorted(found.devices), found.seconds
     ([0, 1], 10.0)
     """
@@ -153,23 +159,29 @@ def search(
                 for order in permutations(chosen)
             ],
         )
-        ranked.sort(key=lambda order: order.least_s)
+        if not make([start[:1]]).wire.ratio:
+            ranked.sort(key=lambda order: order.least_s)
     else:
         ranked = _ranked(make, _stretches(start, n_nodes))
+        lengths: dict[int, _Ranked] = {}
+        for order in ranked:
+            lengths.setdefault(len(order.devices), order)
         if len(start) * n_nodes <= LOCAL_SEARCH and np.isfinite(ranked[0].seconds):
-            ranked = [_improve(make, start, ranked[0], n_nodes, seed, rounds, batch), *ranked[:2]]
-    best: Found | None = None
+            ranked = [_improve(make, start, ranked[0], n_nodes, seed, rounds, batch)]
+            ranked += lengths.values()
     everything = len(start) <= ALL_ORDERS and not make([start[:1]]).wire.ratio
-    for order in ranked if everything else sorted(ranked)[:8]:
-        if best is not None and order.least_s >= best.seconds * (1 - gap):
+    found: list[Found] = []
+    for order in (
+        ranked if everything else ranked[: FINALISTS if len(start) * n_nodes <= LOCAL_SEARCH else 2]
+    ):
+        if len(found) == FINALISTS and order.least_s >= found[-1].seconds * (1 - gap):
             continue
         if np.isfinite(order.seconds):
-            cuts, taken = exact(make([order.devices]), gap=gap)
-            if best is None or taken < best.seconds:
-                best = Found(order.devices, cuts, taken)
-    if best is None:
+            found.append(Found(order.devices, *exact(make([order.devices]), gap=gap)))
+            found = sorted(found, key=lambda each: each.seconds)[:FINALISTS]
+    if not found:
         raise DoesNotFitError("no order of these devices has a partition that fits their memory")
-    return best
+    return found
 
 
 class _Ranked(NamedTuple):
@@ -188,7 +200,7 @@ def _ranked(
         alike = [order for order in orders if len(order) == length]
         for k in range(0, len(alike), 256):
             some = alike[k : k + 256]
-            chains = make(some)
+            chains = thinned(make(some), max(8 * length, 400))
             if around is None:
                 seconds, bound, least = first_scores(chains)
             else:
@@ -203,8 +215,9 @@ def _stretches(start: tuple[int, ...], n_nodes: int) -> list[tuple[int, ...]]:
     """All devices where the nodes suffice, and stretches of half, a quarter … as many."""
     found, length = [], min(len(start), n_nodes)
     while length >= 1:
-        step = max(1, length // 2)
-        found += [start[i : i + length] for i in range(0, len(start) - length + 1, step)]
+        count = min(_STRETCHES, len(start) // length)
+        places = np.linspace(0, len(start) - length, count)
+        found += [start[i : i + length] for i in places.astype(int)]
         length //= 2
     return list(dict.fromkeys(found))
 

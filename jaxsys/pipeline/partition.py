@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.pipeline.chains import SLACK, Chains, link_s, pipeline_s, times
+from jaxsys.pipeline.chains import SLACK, Chains, both_ways, link_s, pipeline_s, times
 
 _NONE_FITS = (
     "no partition fits the memory of these devices in this order; every stage must; use another "
@@ -75,12 +75,13 @@ def least_sum(chains: Chains, bound, most=None, tables: list | None = None):
     for k in range(n_stages):
         spent = total / chains.speed[:, k, None]
         low = _lowest(chains, k, bound)
-        best = _window_min(reached - spent, low, np.broadcast_to(where, low.shape))
+        fresh = np.where(chains.allowed[chains.kind[:, k]], reached - spent, np.inf)
+        best = _window_min(fresh, low, np.broadcast_to(where, low.shape))
         reached = best + spent
         if k < n_stages - 1:
             links = link_s(chains, k, where, most)
-            fits = links.max(axis=0) <= bound * SLACK
-            reached = np.where(fits, reached + links.sum(axis=0), np.inf)
+            meets = both_ways(chains, links) <= bound * SLACK
+            reached = np.where(meets, reached + links.sum(axis=0), np.inf)
         if tables is not None:
             tables.append(reached)
     return reached[:, -1]
@@ -100,6 +101,7 @@ def _trace(chains: Chains, bound: float, tables) -> tuple[int, ...]:
     for k in reversed(range(1, chains.speed.shape[1])):
         low = int(_lowest(chains, k, column)[0, b])
         left = tables[k][0, low:b] - chains.total[low:b] / chains.speed[0, k]
+        left = np.where(chains.allowed[chains.kind[0, k], low:b], left, np.inf)
         b = low + int(np.argmin(left))
         cuts.append(b)
     return tuple(reversed(cuts))
@@ -113,8 +115,9 @@ def exact(chains: Chains, *, gap: float | int = 1e-9) -> tuple[tuple[int, ...], 
     holds nothing below ``D(h) + (m − 1)·l``; intervals are halved, the most promising first, until
     none can hold anything better.
 
-    With AdaTopK every R depends on the slowest boundary: the programme is then run for a ladder of
-    bounds on the dense R, and the best by `pipeline_s` is kept. That part is not exact.
+    With AdaTopK every R depends on the slowest boundary. Then the programme runs for a ladder of
+    limits on the dense R, each pricing messages as if its limit were met, and the best partition by
+    `pipeline_s` is kept, the dense optimum among them. That part is not exact.
 
     Reconstruction: the paper partitions by OP-Fence only.
 
@@ -136,51 +139,55 @@ def exact(chains: Chains, *, gap: float | int = 1e-9) -> tuple[tuple[int, ...], 
     ((1,), 4.0)
     """
     n = len(chains.total) - 1
-
-    def judged(cuts):
-        return cuts, float(pipeline_s(chains, [[0, *cuts, n]])[0])
-
-    best = judged(_exact(chains, gap, np.inf))
-    if chains.wire.ratio and best[0]:
-        dense = chains._replace(wire=chains.wire._replace(ratio=0.0))
-        most = times(dense, [[0, *best[0], n]])[1].max()
+    dense = chains._replace(wire=chains.wire._replace(ratio=0.0))
+    best = _bounded(dense, gap, np.inf, np.inf)
+    if best is None:
+        raise DoesNotFitError(_NONE_FITS)
+    seconds = float(pipeline_s(chains, [[0, *best, n]])[0])
+    if chains.wire.ratio and best:
+        most = times(dense, [[0, *best, n]])[1].max()
         inner = np.arange(1, n)
-        least = max(link_s(dense, k, inner, np.inf).max(axis=0).min() for k in range(len(best[0])))
-        for cap in np.geomspace(max(least, 1e-12), max(least, most, 1e-12), 12):
-            cuts = _exact(chains, max(gap, 1e-4), float(cap))
+        links = (link_s(dense, k, inner, np.inf).max(axis=0).min() for k in range(len(best)))
+        least = max(*links, 1e-12)
+        for longest in np.geomspace(least, max(least, most), 12):
+            cuts = _bounded(chains, max(gap, 3e-3), float(longest), seconds)
             if cuts is not None:
-                best = min(best, judged(cuts), key=lambda found: found[1])
-    return best
+                taken = float(pipeline_s(chains, [[0, *cuts, n]])[0])
+                best, seconds = min((best, seconds), (cuts, taken), key=lambda found: found[1])
+    return best, seconds
 
 
-def _exact(chains: Chains, gap: float | int, most: float) -> tuple[int, ...] | None:
-    """Search bounds best first; ``most`` prices AdaTopK's links, infinite for dense ones."""
-    longest = np.array([most])
+def _bounded(
+    chains: Chains, gap: float | int, longest: float, value: float
+) -> tuple[int, ...] | None:
+    """Halve intervals of bounds until none can hold anything below ``value``."""
+    n, most = len(chains.total) - 1, np.array([longest])
 
     def solve(bound):
         tables: list = []
-        total = float(least_sum(chains, np.array([bound]), longest, tables)[0])
+        total = float(least_sum(chains, np.array([bound]), most, tables)[0])
         if total == np.inf:
             return total, None, np.inf
         cuts = _trace(chains, bound, tables)
-        slowest = (np.diff(chains.total[[0, *cuts, len(chains.total) - 1]]) / chains.speed[0]).max()
+        slowest = (np.diff(chains.total[[0, *cuts, n]]) / chains.speed[0]).max()
         for k, b in enumerate(cuts):
-            slowest = max(slowest, link_s(chains, k, np.array([b]), longest[:, None]).max())
+            links = link_s(chains, k, np.array([b]), most[:, None])
+            slowest = max(slowest, both_ways(chains, links).max())
         return total, cuts, float(slowest)
 
-    total, best, high = solve(np.inf)
-    if best is None:
-        if most < np.inf:
-            return None
-        raise DoesNotFitError(_NONE_FITS)
-    value = total + chains.steps * high
     low = float(chains.total[-1] / chains.speed[0].sum())
+    total, cuts, high = solve(np.inf)
+    if cuts is None:
+        return None
+    best = None
+    if total + chains.steps * high < value:
+        best, value = cuts, total + chains.steps * high
     queue = [(total + chains.steps * low, low, high, total)]
     while queue:
         least, low, high, above = heapq.heappop(queue)
+        middle = (low + high) / 2
         if least >= value * (1 - gap):
             break
-        middle = (low + high) / 2
         if not low < middle < high:
             continue
         total, cuts, slowest = solve(middle)
@@ -230,7 +237,7 @@ def brute_force(chains: Chains) -> tuple[tuple[int, ...], float]:
 
 
 def fits(chains: Chains, edges) -> bool:
-    """Say whether every stage of a partition fits its device.
+    """Say whether every stage of a partition fits its device; see `memory.starts_that_fit`.
 
     Args:
         chains: one order (Q = 1).
@@ -247,7 +254,8 @@ def fits(chains: Chains, edges) -> bool:
     False
     """
     edges = np.asarray(edges)
-    return bool(np.all(chains.starts[chains.kind[0], edges[1:]] <= edges[:-1]))
+    after_first = chains.starts[chains.kind[0], edges[1:]] <= edges[:-1]
+    return bool(np.all(after_first & chains.allowed[chains.kind[0], edges[:-1]]))
 
 
 def nearest(chains: Chains, position, targets) -> tuple[int, ...]:
@@ -280,7 +288,8 @@ def nearest(chains: Chains, position, targets) -> tuple[int, ...]:
     tables = [reached]
     for k in range(n_stages):
         low = chains.starts[chains.kind[:, k]]
-        reached = _window_min(reached, low, where[None])
+        fresh = np.where(chains.allowed[chains.kind[:, k]], reached, np.inf)
+        reached = _window_min(fresh, low, where[None])
         if k < n_stages - 1:
             reached = reached + np.abs(np.asarray(position, np.float64) - targets[k])
         tables.append(reached)
@@ -289,7 +298,8 @@ def nearest(chains: Chains, position, targets) -> tuple[int, ...]:
     b, cuts = n, []
     for k in reversed(range(1, n_stages)):
         low = int(chains.starts[chains.kind[0, k], b])
-        b = low + int(np.argmin(tables[k][0, low:b]))
+        allowed = chains.allowed[chains.kind[0, k], low:b]
+        b = low + int(np.argmin(np.where(allowed, tables[k][0, low:b], np.inf)))
         cuts.append(b)
     return tuple(reversed(cuts))
 

@@ -10,12 +10,12 @@ import numpy as np
 from jaxsys.core.errors import UserError
 from jaxsys.core.graph import Dag
 from jaxsys.pipeline.adatopk import adaptive_ratios
-from jaxsys.pipeline.chains import make_chains, wire_of
+from jaxsys.pipeline.chains import make_chains, pipeline_s, wire_of
 from jaxsys.pipeline.devices import Fleet
 from jaxsys.pipeline.estimate import costs_of
 from jaxsys.pipeline.fence import chain_order, communities, op_fence
 from jaxsys.pipeline.memory import ADAM, Limits, held_of, lack_of_memory, stage_memory
-from jaxsys.pipeline.orders import Make, search
+from jaxsys.pipeline.orders import LOCAL_SEARCH, Make, search
 from jaxsys.pipeline.partition import DoesNotFitError, equal_compute, equal_number, exact
 from jaxsys.pipeline.plan import CODECS, Plan
 from jaxsys.pipeline.schedule import ORDERS
@@ -49,8 +49,9 @@ def make_plan(
     - ``op-fence``: communities in a row, cut in proportion to speed where little crosses.
     - ``exact``: the partition with the least closed-form time for OP-Fence's order (or the order
       given).
-    - ``search``: that partition for the best devices and order found; it may leave devices out, and
-      is never worse than ``exact`` and ``op-fence`` by the closed form.
+    - ``search``: that partition for the best devices and orders found, for links of one and of two
+      ways at a time, and of these the one that is simulated to be fastest; it may leave devices
+      out; ``exact`` and ``op-fence`` are among them.
 
     Partitions minimise `chains.pipeline_s`; the plan's ``predicted_s`` is the simulated step.
 
@@ -101,31 +102,24 @@ def make_plan(
         limits=limits, wire=wire_of(work, codec=codec, ratio=ratio, adaptive=_ada(codec, adaptive)),
     )  # fmt: skip
     try:
-        chosen, cuts = _choose(make, fleet, work, method, devices, chunks, seed, gap)
+        ways = _choose(make, fleet, work, method, devices, chunks, seed, gap)
     except DoesNotFitError as error:
         row = tuple(range(len(fleet))) if devices is None else tuple(devices)
         held = held_of(order, len(row), micro_batches, chunks)
         raise UserError(lack_of_memory(work, fleet, row * chunks, held, limits)) from error
-    r = _ratios(work, fleet, cuts, chosen * chunks, codec, ratio, adaptive, dtype)
-    n_stages = len(cuts) + 1
-    edges = np.array([0, *cuts, work.n_nodes])
-    held = held_of(order, n_stages // chunks, micro_batches, chunks)
-    plan = Plan(
-        n_nodes=work.n_nodes,
-        boundaries=cuts,
-        devices=chosen * chunks,
-        order=order,
-        micro_batches=micro_batches,
-        codec=codec,
-        ratios_forward=r[0],
-        ratios_backward=r[1],
-        memory_bytes=tuple(
-            int(x) for x in stage_memory(work, edges[:-1], edges[1:], np.array(held), limits)
-        ),
-        method=method,
-    )
-    costs = costs_of(work, fleet, plan, codec_s_per_byte=codec_s_per_byte, dtype=dtype)
-    return dataclasses.replace(plan, predicted_s=predict_s(plan, costs, fleet))
+    plans = []
+    for chosen, cuts in ways:
+        there, back = _ratios(work, fleet, cuts, chosen * chunks, codec, ratio, adaptive, dtype)
+        edges = np.array([0, *cuts, work.n_nodes])
+        held = np.array(held_of(order, len(chosen), micro_batches, chunks))
+        memory = stage_memory(work, edges[:-1], edges[1:], held, limits)
+        plan = Plan(
+            work.n_nodes, cuts, chosen * chunks, order, micro_batches, codec, there, back,
+            memory_bytes=tuple(int(size) for size in memory), method=method,
+        )  # fmt: skip
+        costs = costs_of(work, fleet, plan, codec_s_per_byte=codec_s_per_byte, dtype=dtype)
+        plans.append(dataclasses.replace(plan, predicted_s=predict_s(plan, costs, fleet)))
+    return min(plans, key=lambda plan: plan.predicted_s)
 
 
 def _ada(codec: str, adaptive: bool) -> bool:
@@ -148,32 +142,63 @@ def _fastest(work: Work, fleet: Fleet, *, chunks: int, **given) -> Plan:
 
 def _choose(
     make: Make, fleet: Fleet, work: Work, method: str, devices, chunks: int, seed: int, gap
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Choose devices, in order, and boundaries."""
-    labels: dict[int, int] = {}
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Choose devices, in order, and boundaries; several ways where they are worth simulating."""
     row = tuple(range(len(fleet))) if devices is None else tuple(int(d) for d in devices)
+    fenced: tuple[int, ...] | None = None
     if method == "op-fence" or (devices is None and not method.startswith("equal")):
         groups = communities(fleet.keep(row), seed=seed)
-        labels = {row[d]: g for g, group in enumerate(groups) for d in group}
+        label = {row[d]: g for g, group in enumerate(groups) for d in group}
+        rows = [row]
         if devices is None:
             message = float(np.median(work.cut_bytes[1:-1])) if work.n_nodes > 1 else 1.0
-            row = chain_order(fleet, groups, message_bytes=message)
+            chain = chain_order(fleet, groups, message_bytes=message)
+            rows = [chain, chain[::-1]]
+        try:
+            row, fenced = _better_fence(make, rows, label, chunks)
+        except UserError:
+            if method != "search":
+                raise
+            row = rows[0]  # fewer devices may do
+    large = len(row) * work.n_nodes > LOCAL_SEARCH
     if gap is None:
         gap = 1e-9 if len(row) * work.n_nodes <= 20_000 else 1e-3
     if method == "search":
         most = max(1, work.n_nodes // chunks)
-        found = search(make, row, n_nodes=most, seed=seed, gap=gap)
-        if len(row) > most:
-            return found.devices, found.boundaries
-        cuts, seconds = exact(make([row]), gap=gap)
-        return (row, cuts) if seconds < found.seconds else (found.devices, found.boundaries)
+        found = [
+            each
+            for duplex in ((False,) if large else (False, True))  # the simulation decides
+            for each in search(partial(make, duplex=duplex), row, n_nodes=most, seed=seed, gap=gap)
+        ]
+        ways = [(each.devices, each.boundaries) for each in found]
+        if fenced is not None:
+            ways += [(row, fenced), (row, exact(make([row]), gap=gap)[0])]
+        return ways
+    if method == "op-fence" and fenced is not None:
+        return [(row, fenced)]
     chains = make([row])
     if method == "exact":
-        return row, exact(chains, gap=gap)[0]
-    if method == "op-fence":
-        sizes = [len(list(group)) for _, group in groupby(labels[d] for d in row)]
-        return row, op_fence(chains, sizes * chunks)
-    return row, {"equal-number": equal_number, "equal-compute": equal_compute}[method](chains)
+        return [(row, exact(chains, gap=gap)[0])]
+    parts = {"equal-number": equal_number, "equal-compute": equal_compute}[method]
+    return [(row, parts(chains))]
+
+
+def _better_fence(make: Make, rows, label: dict[int, int], chunks: int):
+    """Take the end of a row from which OP-Fence gets the better time; fits neither, the first."""
+    found, trouble = [], None
+    for row in rows:
+        sizes = [len(list(group)) for _, group in groupby(label[d] for d in row)]
+        chains = make([row])
+        try:
+            cuts = op_fence(chains, sizes * chunks)
+        except DoesNotFitError as error:
+            trouble = error
+            continue
+        edges = [[0, *cuts, len(chains.total) - 1]]
+        found.append((float(pipeline_s(chains, edges)[0]), row, cuts))
+    if not found:
+        raise trouble or DoesNotFitError("no row of devices")
+    return min(found)[1:]
 
 
 def _ratios(work, fleet, cuts, devices, codec, ratio, adaptive, dtype):

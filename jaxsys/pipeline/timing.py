@@ -148,7 +148,9 @@ def predict_s(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> float:
     return predict(plan, costs, fleet).makespan_s
 
 
-def loads(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> tuple[list[float], list[float]]:
+def loads(
+    plan: Plan, costs: Costs, fleet: Fleet | None = None
+) -> tuple[list[float], dict[tuple[str, str], float]]:
     """Add up what each device and each direction of a link works for one micro-batch.
 
     Args:
@@ -157,35 +159,34 @@ def loads(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> tuple[list[fl
         fleet: for sites, whose links are shared.
 
     Returns:
-        Seconds of every device and of every link in use.
+        Seconds of every device in use, and of every direction of a link by its two ends.
 
     >>> costs = Costs((1.0, 1.0), (2.0, 2.0), (Message(0, 1, 8, 8, 0.5, 0.25),), (0, 1))
     >>> loads(Plan(2, (1,), (0, 1)), costs)
-    ([3.0, 3.0], [0.5, 0.25])
+    ([3.0, 3.0], {('device 0', 'device 1'): 0.5, ('device 1', 'device 0'): 0.25})
     """
     device: dict[int, float] = {}
     for s, d in enumerate(plan.devices):
         device[d] = device.get(d, 0.0) + costs.forward_s[s] + costs.backward_s[s]
-    link: dict[tuple, float] = {}
+    link: dict[tuple[str, str], float] = {}
     for m in costs.messages:
         p, q = plan.devices[m.source], plan.devices[m.target]
         for a, b, seconds in ((p, q, m.forward_s), (q, p, m.backward_s)):
-            key = ("device", a, b)
+            key = (f"device {a}", f"device {b}")
             if fleet is not None and fleet.sites and fleet.sites[a] != fleet.sites[b]:
-                key = ("site", fleet.sites[a], fleet.sites[b])
+                key = (f"site {fleet.sites[a]}", f"site {fleet.sites[b]}")
             link[key] = link.get(key, 0.0) + seconds
-    return list(device.values()), list(link.values())
+    return list(device.values()), link
 
 
 def closed_form_s(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> float:
     """Predict the seconds of a step by ``T ≈ Σ_s (C_s + R_s) + (m − 1) · max(C, R)``.
 
-    C is a device's forward and backward of one micro-batch, R what a message takes in the sum and
-    what a direction of a link takes in the maximum.
+    C is a device's forward and backward of one micro-batch, R both directions of a link.
 
-    Reconstruction: as `chains.pipeline_s`, which it equals where no value skips a stage. It is the
-    time of a pipeline that never lacks micro-batches in flight: `predict` is longer where an order
-    such as 1F1B holds too few of them to cover slow links, or the first and last are uneven.
+    Reconstruction: as `chains.pipeline_s`, which it equals where no value skips a stage. `predict`
+    is shorter where both directions of a link work at once, and longer where an order such as 1F1B
+    holds too few micro-batches in flight to cover slow links.
 
     Args:
         plan: the plan.
@@ -202,7 +203,8 @@ def closed_form_s(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> float
     """
     devices, links = loads(plan, costs, fleet)
     once = sum(devices) + sum(m.forward_s + m.backward_s for m in costs.messages)
-    return float(once + (plan.micro_batches - 1) * max([*devices, *links]))
+    both = {pair: sum(links.get(way, 0.0) for way in (pair, pair[::-1])) for pair in links}
+    return float(once + (plan.micro_batches - 1) * max([*devices, *both.values()]))
 
 
 def lower_bound_s(plan: Plan, costs: Costs, fleet: Fleet) -> float:
@@ -227,4 +229,4 @@ def lower_bound_s(plan: Plan, costs: Costs, fleet: Fleet) -> float:
     speed = fleet.speed_flops_s[list(plan.devices)]
     stage = np.array(costs.forward_s) + np.array(costs.backward_s)
     spread = float((stage * speed).sum() / speed[: plan.n_workers].sum())
-    return plan.micro_batches * max([spread, *devices, *links])
+    return plan.micro_batches * max([spread, *devices, *links.values()])

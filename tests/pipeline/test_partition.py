@@ -55,10 +55,14 @@ def draw_case(rng, n, p, *, tight=False, whole=False):
     micro_batches=st.sampled_from([1, 2, 7, 50]),
     tight=st.booleans(),
     whole=st.booleans(),
+    remat=st.booleans(),
 )
-def test_exact_equals_brute_force(seed, n, p, micro_batches, tight, whole):
+def test_exact_equals_brute_force(seed, n, p, micro_batches, tight, whole, remat):
     work, fleet = draw_case(np.random.default_rng(seed), n, p, tight=tight, whole=whole)
-    chains = make_chains(work, fleet, [range(p)], micro_batches=micro_batches)
+    chains = make_chains(
+        work, fleet, [range(p)], micro_batches=micro_batches, limits=Limits(remat=remat),
+        duplex=remat,
+    )  # fmt: skip
     try:
         wanted = brute_force(chains)[1]
     except DoesNotFitError:
@@ -90,12 +94,13 @@ def test_fits_is_stage_memory_within_the_device(seed, remat, order):
         edges = np.array([0, *cuts, 8])
         needed = [
             2 * sum_of_leaves(work, a, b)
-            + (h * work.cut_bytes[a:b].max() if remat else 0)
+            + (h * work.cut_bytes[a] if remat else 0)
             + (1 if remat else h) * (work.saved[b] - work.saved[a])
             for a, b, h in zip(edges[:-1], edges[1:], held, strict=True)
         ]
         assert stage_memory(work, edges[:-1], edges[1:], held, limits) == pytest.approx(needed)
-        assert fits(chains, edges) == bool(np.all(needed <= fleet.memory_bytes))
+        enough = bool(np.all(needed <= fleet.memory_bytes))
+        assert fits(chains, edges) <= enough if remat else fits(chains, edges) == enough
 
 
 def sum_of_leaves(work: Work, a, b):
@@ -131,7 +136,7 @@ def test_search_finds_what_all_orders_of_all_subsets_hold():
         def make(orders, work=work, fleet=fleet):
             return make_chains(work, fleet, orders, micro_batches=9)
 
-        found = search(make, range(4), n_nodes=7)
+        found = search(make, range(4), n_nodes=7)[0]
         wanted = min(
             brute_force(make([order]))[1]
             for size in range(1, 5)
@@ -149,9 +154,9 @@ def test_local_search_improves_a_bad_start():
         return make_chains(work, fleet, orders, micro_batches=20)
 
     start = exact(make([range(10)]))[1]
-    found = search(make, range(10), n_nodes=24, rounds=15, batch=24)
+    found = search(make, range(10), n_nodes=24, rounds=15, batch=24)[0]
     assert found.seconds < 0.8 * start
-    assert found == search(make, range(10), n_nodes=24, rounds=15, batch=24)
+    assert found == search(make, range(10), n_nodes=24, rounds=15, batch=24)[0]
     assert found.seconds == pytest.approx(exact(make([found.devices]))[1], rel=1e-5)
 
 

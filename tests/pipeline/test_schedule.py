@@ -113,7 +113,7 @@ def test_messages_between_sites_queue_on_one_link():
     assert {t.stream for t in tasks(plan, costs, joined)} >= {"site 0 → site 1", "site 1 → site 0"}
     slow, fast = (predict(plan, costs, fleet).makespan_s for fleet in (joined, apart))
     assert slow > 1.3 * fast
-    assert slow >= max(loads(plan, costs, joined)[1]) * 6
+    assert slow >= max(loads(plan, costs, joined)[1].values()) * 6
     timeline = simulate(tasks(plan, costs, joined))
     on_link = sorted((s.start_s, s.end_s) for s in timeline.spans if s.stream == "site 0 → site 1")
     assert len(on_link) == 3 * 6
