@@ -2,15 +2,16 @@
 
 Command:   python experiments/pipeline/transports.py
 Minutes:   about 1 on 2 cores (two processes, on loopback and over a shaped link of 100 Mbit/s)
-Expected:  equal within a few percent on the shaped link, where both fill it and hide a message
-           behind compute; on loopback the engine moves large messages faster and small ones no
-           faster. Bytes at the interface within 3 % of those that were predicted
+Expected:  from 1 MiB on both fill the shaped link and hide a message behind compute; small
+           messages take TCP less time. Bytes at the interface within 3 % of those predicted from
+           64 KiB on; below, the frames' own headers count
 Results:   results/transports.md and .jsonl
 
 Messages of both transports take turns, so they see the same machine. A round trip is a message and
 an empty one back; "hidden" is the share of a message's time that passes while the receiver
-computes for as long. TCP is the default because it is never slower where links are slow, needs no
-experimental part of JAX, and names a lost process by itself.
+computes for as long. TCP is the default: it is not slower, needs no experimental part of JAX and
+names a lost process by itself. The engine of jaxlib 0.12 stopped for good in messages of 8 MiB over
+the shaped link (one of 1 MiB passes), so larger ones are not timed here.
 """
 
 import argparse
@@ -148,7 +149,7 @@ def main() -> None:
     if options.worker:
         worker(*json.loads(options.worker))
         return
-    sizes = [2**10, 2**16] if options.smoke else [2**10, 2**16, 2**20, 2**23]
+    sizes = [2**10, 2**16] if options.smoke else [2**10, 2**16, 2**18, 2**20]
     rounds = 2 if options.smoke else 8
     rows = measure(sizes, rounds, None)
     if available().ok:

@@ -117,6 +117,15 @@ def test_whoever_notices_a_loss_tells_the_others_its_number():
         assert caught.value.peer == 3
 
 
+def test_waiting_for_the_engine_has_an_end():
+    controls = _sockets(2)
+    ends = _together(lambda i: Engine(controls[i], timeout_s=0.3), 2)
+    with pytest.raises(UserError, match=r"not brought message .* use the transport sockets"):
+        ends[1].receive(0, (1,), [np.ones(1)])
+    ends[0].send(1, (1,), [np.ones(1)])  # lets the fetch end, and its thread with it
+    _close(ends)
+
+
 PROGRAM = """
 import sys, numpy as np
 from jaxsys.cluster import Membership
