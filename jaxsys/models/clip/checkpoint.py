@@ -153,6 +153,9 @@ def from_openai(
 
 
 def _rename(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    if name == "logit_scale" and array.size == 1:
+        # open_clip can be told to keep it as a vector.
+        return {name: array.reshape(())}
     if name in _FIXED:
         flip = name in ("visual.proj", "text_projection") and array.ndim == 2
         return {_FIXED[name]: array.T if flip else array}

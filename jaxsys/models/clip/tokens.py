@@ -145,12 +145,13 @@ def load_tokenizer(path: str | Path | None = None) -> ClipTokenizer:
         path = path / "tokenizer.json"
     if path.suffix == ".json":
         model = _json(path).get("model")
-        parts = [model.get(key) for key in ("vocab", "merges")] if _is_dict(model) else []
-        if len(parts) != 2 or not _is_dict(parts[0]) or not isinstance(parts[1], list):
+        fields = model if isinstance(model, dict) else {}
+        vocab, merges = fields.get("vocab"), fields.get("merges")
+        if not isinstance(vocab, dict) or not isinstance(merges, list):
             raise UserError(
                 f"{path} holds no byte-pair model; expected a CLIP tokenizer.json; use another file"
             )
-        return build(parts[0], _pairs(parts[1], path))
+        return build(vocab, _pairs(merges, path))
     lines = _lines(_unpack(path) if path.suffix == ".gz" else read_text(path))
     return build(None, _pairs(lines[1 : _OPENAI_MERGES + 1], path))
 
