@@ -316,17 +316,15 @@ class Renumbered:
     def __init__(self, inner: Transport, ranks: Sequence[int]):
         self._inner, self._ranks = inner, tuple(ranks)
         self.rank, self.size = self._ranks.index(inner.rank), inner.size
-        self.sent_bytes: dict[int, int] = {}
-        self._count()
 
-    def _count(self) -> None:
-        sent = self._inner.sent_bytes
-        self.sent_bytes.update((self._ranks.index(p), n) for p, n in sent.items())
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        """Receiving rank to bytes sent so far."""
+        return {self._ranks.index(p): n for p, n in self._inner.sent_bytes.items()}
 
     def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
         """Hand over a message; returns at once."""
         self._inner.send(self._ranks[to], key, arrays)
-        self._count()
 
     def expect(self, source: int, key: Key, specs: Sequence[Any]) -> None:
         """Prepare for a message."""
