@@ -178,7 +178,7 @@ def build(vocab: Mapping[str, int] | None, merges: Sequence[tuple[str, str]]) ->
         names = [*characters, *(c + _SUFFIX for c in characters), *map("".join, merges)]
         vocab = {name: i for i, name in enumerate([*names, _BEGIN, _END])}
     _check(vocab, characters, merges)
-    model = models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix=_SUFFIX)
+    model = models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix=_SUFFIX)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

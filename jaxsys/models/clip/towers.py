@@ -20,7 +20,7 @@ from jaxsys.models.pixels import prepare
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-# What DA4LG-like adapters change: query and value projections of every block.
+# What adapters usually change: query and value projections of every block.
 VISION_LORA = ("vision_model.*.q_proj.weight", "vision_model.*.v_proj.weight")
 TEXT_LORA = ("text_model.*.q_proj.weight", "text_model.*.v_proj.weight")
 _ATTENTION = Projections("q_proj", "k_proj", "v_proj", "out_proj")
