@@ -154,10 +154,11 @@ def main() -> None:
     rows = measure(sizes, rounds, None)
     if available().ok:
         rows += measure(sizes, rounds, options.rate)
-    table = markdown_table(rows)
+    columns = ["link", "transport", "bytes", "median_s", "best_s", "Mbit/s", "hidden"]
+    table = markdown_table(rows, [*columns, "interface / predicted"])
     print(table)
     if not options.smoke:
-        text = f"# Transports\n\n{table}\n\nMachine: {machine().to_json()}\n"
+        text = f"# Transports\n\n{table}\n\n{machine()}\n"
         atomic_write(HERE / "results" / "transports.md", text)
         write_jsonl(HERE / "results" / "transports.jsonl", rows)
 
