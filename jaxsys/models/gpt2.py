@@ -208,14 +208,33 @@ def apply(
             f"got sequences of {n_tokens} tokens; the model has {config.n_positions} positions; "
             "shorten them or raise n_positions"
         )
-    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][None, :n_tokens]
+    return decode(params, config, params["wte"]["weight"][tokens])
+
+
+def decode(params: Params, config: GPT2Config, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Compute logits from vectors that stand where the tokens' embeddings would (a prefix, say).
+
+    Args:
+        params: as from ``init``.
+        config: the model.
+        x: [B, T, D], T at most ``n_positions``; the embeddings of the positions are added here.
+
+    Returns:
+        [B, T, V] logits.
+
+    >>> params = init(jax.random.key(0), tiny())
+    >>> jax.eval_shape(lambda: decode(params, tiny(), jnp.zeros((2, 5, 32)))).shape
+    (2, 5, 256)
+    """
+    shape = (*x.shape[:2], config.vocab_size)
+    x = x + params["wpe"]["weight"][None, : x.shape[1]]
     for i in range(config.n_layer):
         x = block(params["h"][str(i)], config, x)
     x = _layer_norm(params["ln_f"], config, x)
     head = params["wte" if config.tie_word_embeddings else "lm_head"]["weight"]
     # One axis of rows, as in `_conv1d`; the head is [V, D], so both contract on their last axis.
     logits = jnp.einsum("ND,VD->NV", x.reshape(-1, config.n_embd), head)
-    return logits.reshape(*tokens.shape, config.vocab_size)
+    return logits.reshape(shape)
 
 
 def block(params: Params, config: GPT2Config, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
