@@ -140,7 +140,8 @@ def findings(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def report(cells: list[dict[str, Any]], name: str) -> None:
-    """Write table and figure."""
+    """Write table and figure; of a cell that two runs made the newer one stands."""
+    cells = list({(cell["method"], cell["n"]): cell for cell in cells}.values())
     text = [
         f"# Abilities of {name} against the number of sequential edits",
         "Values with the columns of `jaxsys.edit.curve_figure.curve_table`: ARC-Easy and the same "
