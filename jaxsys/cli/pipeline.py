@@ -11,7 +11,7 @@ from jaxsys.pipeline.job import Task
 
 Method = Literal["equal-number", "equal-compute", "op-fence", "exact", "search"]
 Codec = Literal["dense", "uniform", "adatopk", "int8", "int4"]
-Order = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "auto"]
+Order = Literal["gpipe", "1f1b", "eager-1f1b", "interleaved", "zero-bubble", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)

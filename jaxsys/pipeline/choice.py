@@ -30,7 +30,7 @@ class Choice:
       codec: ``dense``, ``uniform`` (top-k on every boundary), ``adatopk``, ``int8`` or ``int4``.
       ratio: by how much top-k shrinks the slowest boundary's bytes, or of uniform top-k how many
         elements there are for each that is kept; 100 is recalled from the paper.
-      order: ``gpipe``, ``1f1b``, ``interleaved``, ``zero-bubble``, or ``auto`` for the fastest.
+      order: one of `schedule.ORDERS`, or ``auto`` for the fastest.
       chunks: stages of each device, for ``interleaved``.
       micro_batches: micro-batches in a step.
       remat: keep a stage's inputs only, and run it forward again before its backward.

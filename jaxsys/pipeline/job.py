@@ -53,29 +53,6 @@ class Task:
     optimizer: str = "adamw"
     lr: float = 5e-4
 
-    def __post_init__(self):
-        """Refuse what cannot be trained."""
-        if self.model not in MODELS and ":" not in self.model:
-            raise UserError(
-                f"model {self.model!r} is not known; expected one of {', '.join(MODELS)} or a "
-                "function of your own as module:function or file.py:function; choose one"
-            )
-        for name in ("blocks", "width", "heads", "length", "image", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}; a task needs at least 1; raise it"
-                )
-        if self.width % self.heads:
-            raise UserError(
-                f"width {self.width} is no multiple of {self.heads} heads; every head needs the "
-                "same part of it; change one of the two"
-            )
-        if self.optimizer not in optimizers.PRESETS:
-            raise UserError(
-                f"optimizer {self.optimizer!r} is not known; expected one of "
-                f"{', '.join(optimizers.PRESETS)}; choose one"
-            )
-
 
 class Setup(NamedTuple):
     """A task made concrete.
@@ -139,18 +116,41 @@ def set_up(task: Task, seed: int = 0) -> Setup:
       The task's functions.
 
     Raises:
-      UserError: the text is too short, a package is missing, or the user's function cannot be
-        found or gives something else.
+      UserError: a setting that cannot be, a text that is too short, a package that is missing, or a
+        user's function that cannot be found or gives something else.
 
     >>> setup = set_up(Task(blocks=1, width=8, heads=2, length=4, batch=2))
     >>> setup.data(0)[0].shape, setup.shapes()["wpe"]["weight"].shape
     ((2, 5), (4, 8))
     """
+    _check(task)
     if task.model == "gpt2":
         return _gpt2(task, seed)
     if task.model in MODELS:
         return _resnet(task, seed)
     return _own(task, seed)
+
+
+def _check(task: Task) -> None:
+    """Refuse what cannot be trained."""
+    if task.model not in MODELS and ":" not in task.model:
+        raise UserError(
+            f"model {task.model!r} is not known; expected one of {', '.join(MODELS)} or a "
+            "function of your own as module:function or file.py:function; choose one"
+        )
+    for name in ("blocks", "width", "heads", "length", "image", "batch"):
+        if getattr(task, name) < 1:
+            raise UserError(f"{name} is {getattr(task, name)}; a task needs at least 1; raise it")
+    if task.width % task.heads:
+        raise UserError(
+            f"width {task.width} is no multiple of {task.heads} heads; every head needs the "
+            "same part of it; change one of the two"
+        )
+    if task.optimizer not in optimizers.PRESETS:
+        raise UserError(
+            f"optimizer {task.optimizer!r} is not known; expected one of "
+            f"{', '.join(optimizers.PRESETS)}; choose one"
+        )
 
 
 def _gpt2(task: Task, seed: int) -> Setup:
