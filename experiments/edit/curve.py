@@ -22,7 +22,8 @@ sets (TruthfulQA, ToxiGen) are not in the data folder: give them as `--task FILE
 statistics of the original. All six closed forms average over 5 sampled prefixes. KN edits towards a
 target's first token.
 
-Expected: ROME without statistics falls first, AlphaEdit and FT-L (with its clamp) last.
+Expected: KN is gone after ten edits and MEND worse by 0.3 nats, the others within 0.03 of the
+unedited model; after thirty ROME without statistics is worse by 0.1, with them by 0.04.
 """
 
 import argparse
