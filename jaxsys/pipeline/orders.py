@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jaxsys.pipeline.chains import Chains, both_ways, thinned
 from jaxsys.pipeline.partition import DoesNotFitError, exact, least_sum
 
-ALL_ORDERS = 6  # devices up to which all orders of all subsets are tried
+ALL_ORDERS = 5  # devices up to which all orders of all subsets are tried
 LOCAL_SEARCH = 100_000  # devices × nodes up to which orders are improved step by step
 FINALISTS = 8  # orders that a search returns
 _STRETCHES = 8  # of one length
@@ -116,7 +116,7 @@ def search(
     """Look for the devices and the order with the least time of their best partition.
 
     Up to `ALL_ORDERS` devices all orders of all subsets are compared, and the answer is the best of
-    them (dense or uniformly compressed; with AdaTopK, of eight). Beyond that the search begins with
+    them (dense or uniformly compressed; with AdaTopK, of four). Beyond that the search begins with
     stretches of ``start`` of several lengths, and then moves, swaps, drops and adds devices and
     reverses stretches, always going to the best of a batch of random changes as long as there is a
     better one.
@@ -169,12 +169,13 @@ def search(
         if len(start) * n_nodes <= LOCAL_SEARCH and np.isfinite(ranked[0].seconds):
             ranked = [_improve(make, start, ranked[0], n_nodes, seed, rounds, batch)]
             ranked += lengths.values()
-    everything = len(start) <= ALL_ORDERS and not make([start[:1]]).wire.ratio
+    adaptive = bool(make([start[:1]]).wire.ratio)
+    everything = len(start) <= ALL_ORDERS and not adaptive
+    large = len(start) * n_nodes > LOCAL_SEARCH
+    finalists = 1 if large else FINALISTS // 2 if adaptive else FINALISTS
     found: list[Found] = []
-    for order in (
-        ranked if everything else ranked[: FINALISTS if len(start) * n_nodes <= LOCAL_SEARCH else 2]
-    ):
-        if len(found) == FINALISTS and order.least_s >= found[-1].seconds * (1 - gap):
+    for order in ranked if everything else ranked[:finalists]:
+        if found and order.least_s >= found[0].seconds * (1 - gap):
             continue
         if np.isfinite(order.seconds):
             found.append(Found(order.devices, *exact(make([order.devices]), gap=gap)))

@@ -149,8 +149,9 @@ def exact(chains: Chains, *, gap: float | int = 1e-9) -> tuple[tuple[int, ...], 
         inner = np.arange(1, n)
         links = (link_s(dense, k, inner, np.inf).max(axis=0).min() for k in range(len(best)))
         least = max(*links, 1e-12)
-        for longest in np.geomspace(least, max(least, most), 12):
-            cuts = _bounded(chains, max(gap, 3e-3), float(longest), seconds)
+        large = gap > 1e-4
+        for longest in np.geomspace(least, max(least, most), 4 if large else 12):
+            cuts = _bounded(chains, 2e-2 if large else 3e-3, float(longest), seconds)
             if cuts is not None:
                 taken = float(pipeline_s(chains, [[0, *cuts, n]])[0])
                 best, seconds = min((best, seconds), (cuts, taken), key=lambda found: found[1])

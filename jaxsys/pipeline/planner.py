@@ -71,7 +71,8 @@ def make_plan(
         codec_s_per_byte: seconds that each end of a compressed message takes per dense byte.
         dtype: type of the values on the links.
         seed: for communities and search.
-        gap: share of T by which ``exact`` may miss the optimum; 1e-9, or 1e-3 in large cases.
+        gap: share of T by which ``exact`` may miss the optimum; 1e-9, or 1e-4 above 20,000 devices
+            times nodes and 1e-2 above 100,000.
 
     Returns:
         The plan.
@@ -162,7 +163,7 @@ def _choose(
             row = rows[0]  # fewer devices may do
     large = len(row) * work.n_nodes > LOCAL_SEARCH
     if gap is None:
-        gap = 1e-9 if len(row) * work.n_nodes <= 20_000 else 1e-3
+        gap = 1e-9 if len(row) * work.n_nodes <= 20_000 else 1e-2 if large else 1e-4
     if method == "search":
         most = max(1, work.n_nodes // chunks)
         found = [
