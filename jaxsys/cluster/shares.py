@@ -22,8 +22,8 @@ from jaxsys.cluster._namespaces import _started
 from jaxsys.cluster._sweeper import remove
 from jaxsys.core.errors import UserError
 
-PERIOD_S = 0.02  # long against the scheduler's slices of a few milliseconds, short against a step
-_LEAST = 0.05  # of a core: a millisecond in a period, the least that the kernel takes
+PERIOD_S = 0.005  # short against what runs, or a burst after a pause passes at full speed
+_LEAST = 0.2  # of a core: a millisecond in a period, the least that the kernel takes
 _SWEEPER = Path(__file__).with_name("_sweeper.py")
 _REMEDY = (
     "run as root, give the container a writable control group, or start it by "
@@ -85,7 +85,7 @@ def cpu_shares(cores: Sequence[float]) -> Iterator[Shares]:
     """Make a control group with a CPU quota for each worker, and remove them at the end.
 
     Args:
-      cores: worker i's share of a core, from 0.05 to the number of cores.
+      cores: worker i's share of a core, from 0.2 to the number of cores.
 
     Yields:
       The groups. Processes that still run in them at the end are killed.

@@ -104,4 +104,4 @@ def test_a_refusal_says_why_and_what_helps(monkeypatch, tmp_path):
 def test_version_two_writes_one_line(tmp_path):
     (tmp_path / "cpu.max").write_text("")
     module._set_quota(tmp_path, 2, 0.25)
-    assert (tmp_path / "cpu.max").read_text() == "5000 20000"
+    assert (tmp_path / "cpu.max").read_text() == "1250 5000"
