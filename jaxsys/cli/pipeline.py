@@ -140,7 +140,7 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
         if config.fleet is None
         else known_fleet(config.task, choice, config.fleet, config.seed)
     )  # fmt: skip
-    given = {"codec_s_per_byte": costs.codec_s_per_byte}
+    given: dict[str, Any] = {"codec_s_per_byte": costs.codec_s_per_byte}
     plan = planner_of(
         costs.work, choice, optimizer=config.task.optimizer, seed=config.seed, **given
     ).make(costs.fleet)
