@@ -254,3 +254,33 @@ def test_text_only_needs_answers_and_one_vector_a_text():
         text_only_scores([Row("x", ("a", "b"))], hashed)
     with pytest.raises(UserError, match=r"array of \(3,\) for 1 texts"):
         text_only_scores([Row("x", ("a", "b"), 0)], lambda texts: np.zeros(3))
+
+
+@pytest.mark.slow
+def test_the_text_only_floor_of_the_validation_fold(published):
+    import jax
+
+    from jaxsys.ground import metrics
+    from jaxsys.models import minilm
+
+    try:
+        folder = minilm.packaged()
+    except UserError as reason:
+        pytest.skip(str(reason))
+    params, config = minilm.load(folder)
+    tokenizer, run = minilm.load_tokenizer(folder), jax.jit(minilm.encode, static_argnums=1)
+
+    def encode(texts):
+        ids, mask = tokenizer.encode(texts)
+        found = np.zeros((len(texts), config.width), np.float32)
+        short = mask.sum(1) <= 16  # nearly all
+        for rows, width in ((np.flatnonzero(short), 16), (np.flatnonzero(~short), ids.shape[1])):
+            found[rows] = run(params, config, ids[rows, :width], mask[rows, :width])
+        return found
+
+    rows = snare.load_rows(published).rows
+    scores = text_only_scores(rows, encode)
+    counts = metrics.count(scores, [r.answer for r in rows], [r.visual for r in rows])
+    accuracies = (counts.all, counts.visual_accuracy, counts.blind_accuracy)
+    # Measured beforehand with transformers' own encoder.
+    np.testing.assert_allclose(accuracies, (0.640, 0.662, 0.618), atol=0.002)
