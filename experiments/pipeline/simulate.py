@@ -1,6 +1,6 @@
 """Plan for fleets that nobody owns: 48 devices as in the paper, and 1,000 on a synthetic internet.
 
-    python experiments/pipeline/simulate.py                  3 fleets of 48 devices, 4 minutes on a core
+    python experiments/pipeline/simulate.py                  3 fleets of 48, 4 minutes on a core
     python experiments/pipeline/simulate.py --part resnet    the same for ResNet-101, 2 minutes
     python experiments/pipeline/simulate.py --part internet  2 fleets of 1,000, 4 minutes
     python experiments/pipeline/simulate.py --smoke          seconds, nothing written

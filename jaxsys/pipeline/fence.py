@@ -114,7 +114,7 @@ def chain_order(
         entered = doors[i][0]
         if len(left) > 1 and entered is not None:
             links[list(left).index(entered)] = np.inf
-        a, b = np.unravel_index(np.argmin(links), links.shape)
+        a, b = divmod(int(np.argmin(links)), links.shape[1])
         doors[i][1], doors[i + 1][0] = left[a], right[b]
     chain: list[int] = []
     for group, (first, last) in zip(row, doors, strict=True):

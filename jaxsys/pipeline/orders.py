@@ -16,7 +16,7 @@ FINALISTS = 8  # orders that a search returns
 _STRETCHES = 8  # of one length
 _GRID = np.array([0.4, 0.55, 0.7, 0.8, 0.87, 0.93, 0.97, 1.0])
 
-Make = Callable[[Sequence[Sequence[int]]], Chains]
+Make = Callable[..., Chains]
 
 
 class Found(NamedTuple):

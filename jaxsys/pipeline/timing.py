@@ -203,7 +203,7 @@ def closed_form_s(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> float
     """
     devices, links = loads(plan, costs, fleet)
     once = sum(devices) + sum(m.forward_s + m.backward_s for m in costs.messages)
-    both = {pair: sum(links.get(way, 0.0) for way in (pair, pair[::-1])) for pair in links}
+    both = {(a, b): there + links.get((b, a), 0.0) for (a, b), there in links.items()}
     return float(once + (plan.micro_batches - 1) * max([*devices, *both.values()]))
 
 
