@@ -1,4 +1,4 @@
-"""Read SNARE: rows of annotations, precomputed CLIP features, and folders of screenshots.
+"""Read SNARE: rows of annotations and precomputed CLIP features.
 
 SNARE (Thomason et al.) asks which of two ShapeNetSem models a sentence means. Its annotations are
 lists of rows in ``amt/folds_adversarial/{train,val,test}.json`` of the public repository
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32
 
 from jaxsys.core.errors import UserError
 
@@ -373,54 +373,6 @@ def _check_vector(file: Path, key: str, vector: np.ndarray, width: int | None) -
             f"{file} has a number under {key!r} that is not finite; expected plain numbers; "
             "extract the features again"
         )
-
-
-def screenshots(
-    folder: str | os.PathLike[str], object_id: str, views: Sequence[int] = VIEWS
-) -> list[UInt8[np.ndarray, "Y X 3"]]:
-    """Read an object's screenshots ``FOLDER/<id>/<id>-<view>.png`` in RGB, on white.
-
-    Args:
-        folder: what ShapeNetSem's ``models-screenshots.zip`` unpacks to.
-        object_id: the object.
-        views: which; a view whose file is missing is left out.
-
-    Returns:
-        One image per view that is there, in the order of `views`; sizes may differ.
-
-    Raises:
-        UserError: if none of the views is there, an id that is no plain name, or a file that is no
-            image.
-
-    >>> import tempfile
-    >>> from PIL import Image
-    >>> folder = Path(tempfile.mkdtemp()); (folder / "a").mkdir()
-    >>> Image.new("RGBA", (2, 1)).save(folder / "a" / "a-6.png")
-    >>> screenshots(folder, "a")[0].tolist()
-    [[[255, 255, 255], [255, 255, 255]]]
-    """
-    from PIL import Image
-
-    if Path(object_id).name != object_id or object_id in ("", ".", ".."):
-        raise UserError(f"object id {object_id!r} is no plain name; expected one; mend the row")
-    files = [Path(folder) / object_id / f"{object_id}-{view}.png" for view in views]
-    images = []
-    for file in filter(Path.is_file, files):
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGBA")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{file} cannot be read as an image ({error}); expected a PNG; unpack it again"
-            ) from error
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        images.append(np.asarray(Image.alpha_composite(white, image).convert("RGB")))
-    if not images:
-        raise UserError(
-            f"{Path(folder) / object_id} has zero of the views {tuple(views)}; expected at least "
-            f"one file like {object_id}-{next(iter(views), 6)}.png; name the folder of screenshots"
-        )
-    return images
 
 
 def index_rows(rows: Sequence[Row], images: ViewFeatures, texts: TextFeatures) -> Indices:

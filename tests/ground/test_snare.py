@@ -11,6 +11,7 @@ from PIL import Image
 
 from jaxsys.core.errors import UserError
 from jaxsys.ground import snare
+from jaxsys.ground.pictures import screenshots
 from jaxsys.ground.snare import Row
 from jaxsys.ground.text_only import text_only_scores
 
@@ -180,16 +181,16 @@ def test_screenshots_are_the_right_views_on_white(tmp_path):
     (tmp_path / "x").mkdir()
     for view in (0, 6, 9, 13):
         Image.new("RGBA", (3, 2), (view, 10, 20, 255)).save(tmp_path / "x" / f"x-{view}.png")
-    images = snare.screenshots(tmp_path, "x")
+    images = screenshots(tmp_path, "x")
     assert [image[0, 0].tolist() for image in images] == [[v, 10, 20] for v in (6, 9, 13)]
     assert images[0].shape == (2, 3, 3)
     with pytest.raises(UserError, match="zero of the views"):
-        snare.screenshots(tmp_path, "x", views=(1, 2))
+        screenshots(tmp_path, "x", views=(1, 2))
     with pytest.raises(UserError, match="plain name"):
-        snare.screenshots(tmp_path, "../x")
+        screenshots(tmp_path, "../x")
     (tmp_path / "x" / "x-7.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"x-7\.png cannot be read as an image"):
-        snare.screenshots(tmp_path, "x")
+        screenshots(tmp_path, "x")
 
 
 def test_rows_become_places_in_the_tables():
