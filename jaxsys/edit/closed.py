@@ -1,7 +1,7 @@
 """What the methods with a closed form share: which values they seek where, and what they need."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxsys.edit import defaults
 from jaxsys.edit.contract import Editable, Request, check_requests
@@ -114,15 +114,15 @@ class Ready(NamedTuple):
 
     Attributes:
       config: settled.
-      stats: of all its layers, or None where the method does without.
+      stats: of all its layers; what was given, be it None, where the method does without.
       found: v* of the requests.
 
     >>> Ready(None, None, None).stats
     """
 
     config: Any
-    stats: Any
-    found: Any
+    stats: Statistics
+    found: Targets
 
 
 def prepare(
@@ -164,4 +164,4 @@ def prepare(
         stats = need(stats, FORMS[name].title, layers_of(chosen))
     if found is None:
         found = sought(name, model, chosen, params, requests)
-    return Ready(chosen, stats, found)
+    return Ready(chosen, cast(Statistics, stats), found)
