@@ -127,7 +127,7 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
     from jaxsys.pipeline.execute import Worker
     from jaxsys.pipeline.messages import step_bytes
     from jaxsys.pipeline.probe import gather
-    from jaxsys.pipeline.train import Renumbered
+    from jaxsys.pipeline.renumbered import Renumbered
     from jaxsys.train import optimizers
 
     work, fleet, rows = plans_of(options, setup)

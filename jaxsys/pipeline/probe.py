@@ -30,6 +30,11 @@ def measure_links(
     Returns:
       α, seconds [P, P]; rates, bytes per second [P, P]; and notes on links without a line. All on
       process 0; the others get zeros and ones.
+
+    >>> from jaxsys.cluster.transport import in_memory
+    >>> latency_s, bytes_per_s, notes = measure_links(in_memory(1)[0])  # one alone has no link
+    >>> latency_s.tolist(), bytes_per_s.tolist(), notes
+    ([[0.0]], [[1.0]], [])
     """
     size, rank = transport.size, transport.rank
     latency_s, rates = np.zeros((size, size)), np.ones((size, size))

@@ -88,6 +88,15 @@ def after_loss(
       UserError: nothing is left, or no plan fits on what is.
 
     Reference: arXiv 2309.01172 (the broker's backup pool), 2410.12707.
+
+    >>> from jaxsys.pipeline.choice import Choice, planner_of
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> planner = planner_of(chain_work([1] * 4, [1] * 3), Choice("exact"))
+    >>> fleet, plan = even_fleet([3, 3, 3]), Plan(4, (2,), (0, 1), method="exact")
+    >>> found = after_loss(plan, fleet, {1}, planner, spares=[2])
+    >>> found.devices, found.method
+    ((0, 2), 'exact, standby')
     """
     used = [device for chain in plan.chains for device in dict.fromkeys(chain)]
     rest = [device for device in used if device not in lost]
@@ -138,6 +147,13 @@ def fits(plan: Plan, fleet: Fleet, planner: Planner) -> bool:
       plan: the plan.
       fleet: the whole fleet.
       planner: has the graph's costs and the limits.
+
+    >>> from jaxsys.pipeline.choice import Choice, planner_of
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> planner = planner_of(chain_work([1] * 4, [1] * 3, leaf_bytes=[8] * 4), Choice("exact"))
+    >>> [fits(Plan(4, (2,), (0, 1)), even_fleet([3, 3], memory_bytes=m), planner) for m in (1, 999)]
+    [False, True]
     """
     edges = np.array([0, *plan.boundaries, plan.n_nodes])
     held = np.array(held_of(plan.order, plan.n_workers, plan.micro_batches, plan.chunks))
@@ -236,6 +252,19 @@ def after_slowdown(
 
     Returns:
       The new plan, or None where the present one is good enough.
+
+    >>> from jaxsys.pipeline.choice import Choice, planner_of
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> from jaxsys.pipeline.work import chain_work
+    >>> planner = planner_of(chain_work([1] * 4, [1] * 3), Choice("exact"))
+    >>> fleet = even_fleet([1, 1, 1])
+    >>> plan = planner.over(fleet, [0, 1])
+    >>> busy_s = [6.0 * plan.micro_batches] * 2  # as predicted
+    >>> after_slowdown(plan, fleet, busy_s, planner, [0, 1]) is None
+    True
+    >>> found = after_slowdown(plan, fleet, [busy_s[0], 10 * busy_s[1]], planner, [0, 1, 2])
+    >>> found.slowest, round(found.factor)
+    (1, 10)
     """
     seen = observed(fleet, plan, planner.work, busy_s)
     factors = fleet.speed_flops_s / seen.speed_flops_s

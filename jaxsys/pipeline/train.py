@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsys.cluster import join, leave
 from jaxsys.cluster.sockets import connect
-from jaxsys.cluster.transport import Key, PeerLost, Transport
+from jaxsys.cluster.transport import PeerLost, Transport
 from jaxsys.core.errors import UserError
 from jaxsys.core.graph import dag
 from jaxsys.core.report import atomic_write
@@ -23,6 +23,7 @@ from jaxsys.pipeline.measure import measure
 from jaxsys.pipeline.place import Place, Standing
 from jaxsys.pipeline.plan import Plan
 from jaxsys.pipeline.profile import Profile, profile
+from jaxsys.pipeline.renumbered import Renumbered
 from jaxsys.pipeline.work import Work, work_of
 from jaxsys.train import NonFiniteError
 
@@ -298,45 +299,6 @@ def launched(environ: Mapping[str, str] = os.environ) -> bool:
     """
     names = ("JAXSYS_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     return any(int(environ.get(name) or 1) > 1 for name in names)
-
-
-class Renumbered:
-    """A transport whose ranks are the plan's: process i of the job is device i of the fleet.
-
-    Args:
-      inner: the transport between the processes.
-      ranks: the process of each rank.
-
-    >>> from jaxsys.cluster.transport import in_memory
-    >>> ends = [Renumbered(end, (1, 0)) for end in in_memory(2)]
-    >>> ends[1].rank, ends[1].send(1, (0,), [np.ones(1)]), ends[0].receive(0, (0,), [np.ones(1)])
-    (0, None, [array([1.])])
-    """
-
-    def __init__(self, inner: Transport, ranks: Sequence[int]):
-        self._inner, self._ranks = inner, tuple(ranks)
-        self.rank, self.size = self._ranks.index(inner.rank), inner.size
-
-    @property
-    def sent_bytes(self) -> dict[int, int]:
-        """Receiving rank to bytes sent so far."""
-        return {self._ranks.index(p): n for p, n in self._inner.sent_bytes.items()}
-
-    def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
-        """Hand over a message; returns at once."""
-        self._inner.send(self._ranks[to], key, arrays)
-
-    def expect(self, source: int, key: Key, specs: Sequence[Any]) -> None:
-        """Prepare for a message."""
-        self._inner.expect(self._ranks[source], key, specs)
-
-    def receive(self, source: int, key: Key, specs: Sequence[Any]) -> list[np.ndarray]:
-        """Wait for a message."""
-        return self._inner.receive(self._ranks[source], key, specs)
-
-    def close(self, lost: PeerLost | None = None) -> None:
-        """Part from the others."""
-        self._inner.close(lost)
 
 
 def train_joined(request: Request, tell: Tell) -> dict[str, Any] | None:
