@@ -71,14 +71,17 @@ class Sockets:
         self._links, self._locks = links, {peer: threading.Lock() for peer in links}
         self._queues: dict[int, queue.SimpleQueue[Any]] = {}
         self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
         for peer, link in links.items():
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link.settimeout(silence_s)
             self._queues[peer] = queue.SimpleQueue()
             for work in (self._send_all, self._receive_all):
-                threading.Thread(target=work, args=(peer,), daemon=True).start()
+                self._threads.append(threading.Thread(target=work, args=(peer,), daemon=True))
         if links:
-            threading.Thread(target=self._keep_alive, daemon=True).start()
+            self._threads.append(threading.Thread(target=self._keep_alive, daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
         """Hand over a message; returns at once."""
@@ -144,6 +147,10 @@ class Sockets:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
             link.close()
+        # An interpreter that ends under a thread which frees an array aborts the process.
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(1.0)
 
     def _raise_lost(self, source: int) -> None:
         for peer, reason in self._lost.items():

@@ -45,7 +45,7 @@ def model(batch, seed):
 
 # Runs the worker's program, then says which stages' programs this process has compiled.
 CHILD = """
-import sys
+import os, sys
 from jaxsys.cluster.events import say
 from jaxsys.pipeline import worker
 made, original = [], worker.make_worker
@@ -54,6 +54,8 @@ worker.main(sys.argv[1])
 for s, stage in enumerate(made[0]._part.staged.stages):
     counts = [stage.forward.compiled._cache_size(), stage.backward._cache_size()]
     say({"event": "compiled", "rank": made[0].rank, "stage": s, "programs": counts})
+sys.stdout.flush()
+os._exit(0)  # as the program does
 """
 
 
