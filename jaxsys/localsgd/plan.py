@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.report import read_object
 from jaxsys.localsgd.plan_dp import plan_runs
 from jaxsys.localsgd.plan_search import best_assignment, dfs_search
 from jaxsys.localsgd.plan_time import (
@@ -101,17 +102,7 @@ class SyncPlan:
         ...
         jaxsys.core.errors.UserError: the plan is a list; ...
         """
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"the plan is not JSON ({error}); it must be what `to_json` wrote; write it again"
-            ) from error
-        if not isinstance(found, dict):
-            raise UserError(
-                f"the plan is a {type(found).__name__}; it must be a JSON object; pass what "
-                "`to_json` wrote"
-            )
+        found = read_object(text, "plan")
         for derived in ("period", "predicted_s", "hidden_share"):
             found.pop(derived, None)
         return _checked_plan(cls, found)

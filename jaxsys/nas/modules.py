@@ -12,20 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxsys.models.dropout import dropout
+
 
 def _split(key: Any, n: int) -> Any:
     return [None] * n if key is None else list(jax.random.split(key, n))
-
-
-def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."]:
-    """Zero a share of the values and scale the rest up; nothing without a key.
-
-    >>> dropout(jnp.ones(3), 0.5, None).tolist()
-    [1.0, 1.0, 1.0]
-    """
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
 
 
 class BayesLinear(nnx.Module):

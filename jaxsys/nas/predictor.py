@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxsys.core.errors import UserError
-from jaxsys.nas.modules import Attention, BayesLinear, FeedForward, Mixer, dropout
+from jaxsys.models.dropout import dropout
+from jaxsys.nas.modules import Attention, BayesLinear, FeedForward, Mixer
 from jaxsys.nas.space import EDGES
 
 Inputs = dict[str, Any]

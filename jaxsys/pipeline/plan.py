@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.report import read_object
 from jaxsys.pipeline.schedule import ORDERS
 
 CODECS = ("dense", "topk", "int8", "int4")
@@ -153,17 +154,7 @@ class Plan:
         ...
         jaxsys.core.errors.UserError: the plan is a list; ...
         """
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"the plan is not JSON ({error}); it must be what `to_json` wrote; write it again"
-            ) from error
-        if not isinstance(found, dict):
-            raise UserError(
-                f"the plan is a {type(found).__name__}; it must be a JSON object; pass what "
-                "`to_json` wrote"
-            )
+        found = read_object(text, "plan")
         names = {field.name for field in fields(cls)}
         if set(found) != names:
             odd = ", ".join(sorted(names ^ set(found)))

@@ -1,4 +1,4 @@
-"""What a value weighs on the wire, and the ratios of AdaTopK."""
+"""What a value weighs on the wire."""
 
 import numpy as np
 
