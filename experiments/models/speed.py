@@ -119,9 +119,9 @@ class Engine:
         self.process.wait(30)
 
 
-def present(precision: str) -> tuple[str, ...]:
-    """List the engines that can run here in a precision."""
-    names = ["jaxsys"]
+def present(precision: str, ours: str = "jaxsys") -> tuple[str, ...]:
+    """List the engines that can run here in a precision, ours first."""
+    names = [ours]
     if precision != "int8" and all(importlib.util.find_spec(m) for m in ("torch", "transformers")):
         names.append("transformers")
     if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
@@ -129,9 +129,11 @@ def present(precision: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def measure(given, folder: Path, precision: str, prompt: list[int]) -> dict[str, Any]:
+def measure(
+    given, folder: Path, precision: str, prompt: list[int], ours: str = "jaxsys"
+) -> dict[str, Any]:
     """Run all engines on one model in one precision, in turns."""
-    engines = [Engine(name, folder, precision, given.threads) for name in present(precision)]
+    engines = [Engine(name, folder, precision, given.threads) for name in present(precision, ours)]
     found = {e.name: {"load": [], "prefill": [], "decode": []} for e in engines}
     bandwidths, rng = [], np.random.default_rng(given.seed)
     try:
@@ -154,8 +156,9 @@ def measure(given, folder: Path, precision: str, prompt: list[int]) -> dict[str,
 
 
 def rows_of(model: str, precision: str, found: dict[str, Any], n_bytes: int) -> list[dict]:
-    """Lay one comparison out as rows of a table; × is that engine's time over jaxsys'."""
-    ours, rows = found["engines"]["jaxsys"], []
+    """Lay one comparison out as rows of a table; × is that engine's time over ours, the first."""
+    mine = next(iter(found["engines"]))
+    ours, rows = found["engines"][mine], []
     floor_s = n_bytes / found["bandwidth"]
     for name, them in found["engines"].items():
         decode = timing(name, them["decode"])
@@ -172,7 +175,7 @@ def rows_of(model: str, precision: str, found: dict[str, Any], n_bytes: int) -> 
             "% of floor": f"{100 * floor_s * rate:.0f}",
             "same tokens": _same(them["tokens"], ours["tokens"]),
         }
-        if name != "jaxsys":
+        if name != mine:
             row["× decode"] = f"{ratio(decode, timing('', ours['decode'])):.2f}"
             prefill = ratio(timing("", them["prefill"]), timing("", ours["prefill"]))
             row["× prefill"] = f"{prefill:.2f}"

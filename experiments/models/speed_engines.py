@@ -2,12 +2,12 @@
 
     python experiments/models/speed_engines.py ENGINE FOLDER PRECISION THREADS
 
-ENGINE is jaxsys, transformers or llama.cpp; FOLDER holds the model in the Hugging Face form, and as
-`PRECISION.gguf` for llama.cpp. One JSON object a line comes in, and one goes out:
+ENGINE is jaxsys, offload, transformers or llama.cpp; FOLDER holds the model in the Hugging Face
+form, and as `PRECISION.gguf` for llama.cpp. One JSON object a line comes in, and one goes out:
 
     {"do": "load"}                            -> {"load_s"}
     {"do": "run", "prompt": [..], "new": n}   -> {"prefill_s", "decode_s", "tokens"}
-    {"do": "bandwidth", "bytes": n}           -> {"bytes_per_s"}         (jaxsys only)
+    {"do": "bandwidth", "bytes": n}           -> {"bytes_per_s"}         (jaxsys, offload)
 
 `prefill_s` ends when the first new token is known, `decode_s` covers the `new` - 2 tokens from the
 third on (jaxsys' first decode step may compile, so no engine's is counted).
@@ -33,7 +33,8 @@ class Jaxsys:
         # XLA's pool has one thread for each core that the process may use.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         jax.config.update("jax_platforms", "cpu")
-        self.folder, self.precision, self.model = folder, precision, None
+        self.folder, self.precision = folder, precision
+        self.model: Any = None
 
     def load(self) -> None:
         """Read the model; in 8 bits, quantise it, head and embedding too."""
@@ -75,6 +76,39 @@ class Jaxsys:
             product(matrix, x).block_until_ready()
             times.append(time.perf_counter() - begin_s)
         return {"bytes_per_s": matrix.nbytes / min(times[2:])}
+
+
+class Offload(Jaxsys):
+    """The same package's `jaxsys.offload` on a CPU alone, placed from the mapped file."""
+
+    def load(self) -> None:
+        """Map the model; in 8 bits, quantise what `place_model` quantises."""
+        import jax
+
+        from jaxsys.offload.engine import make_engine
+        from jaxsys.offload.load import open_model, place_model, tensor_bytes
+        from jaxsys.offload.parts import parts_of
+        from jaxsys.offload.place import cpu_plan, find_devices
+
+        self.model = None
+        int8 = self.precision == "int8"
+        config, tensors, _ = open_model(self.folder)
+        plan = cpu_plan(parts_of(config, sizes=tensor_bytes(tensors, int8=int8)))
+        placed = place_model(self.folder, plan, find_devices("none"), int8=int8)
+        jax.block_until_ready(placed.tree)
+        self.model = make_engine(placed)
+
+    def run(self, prompt: list[int], new: int) -> dict[str, Any]:
+        """Continue the prompt greedily."""
+        from jaxsys.offload.generate import generate
+
+        assert self.model is not None
+        found = generate(self.model, [prompt], max_tokens=new)
+        return {
+            "prefill_s": found.first_s,
+            "decode_s": found.decode_s,
+            "tokens": found.tokens[0],
+        }
 
 
 class Transformers:
@@ -171,7 +205,12 @@ class LlamaCpp:
         return {"prefill_s": prefill_s, "decode_s": decode_s, "tokens": tokens}
 
 
-ENGINES = {"jaxsys": Jaxsys, "transformers": Transformers, "llama.cpp": LlamaCpp}
+ENGINES = {
+    "jaxsys": Jaxsys,
+    "offload": Offload,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+}
 
 
 def write_gguf(path: Path, params: dict[str, Any], config: Any, precision: str) -> None:

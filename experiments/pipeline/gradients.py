@@ -3,14 +3,16 @@
 Command:   python experiments/pipeline/gradients.py [--model gpt2|llama|resnet18]
 Minutes:   about 6 on 2 cores, most of it compiling; a model alone 1 to 3
 Expected:  in float32 every relative difference 0 operation by operation, and compiled below 1e-6
-           but for the ResNet-18, 1.4e-6; every program of a stage compiled once
+           but for the ResNet-18, 1.4e-6, whose stages are no farther from float64 than the whole
+           is (the last columns); every program of a stage compiled once
 Results:   results/gradients.md and .jsonl; a run replaces the rows of its models
 
 A GPT-2, a Llama and the ResNet-18, small, on random data. The difference is the largest of
 |g − ĝ| over a parameter leaf, divided by the largest |g| of that leaf, at its largest over leaves;
 ĝ is `jax.grad` of the whole, run in the same way: operation by operation for each place where the
 graph can be cut once, compiled for a stage per node (also with rematerialisation) and for random
-cuts into three to six stages.
+cuts into three to six stages. Compiled ones are also compared with `jax.grad` of the whole in
+float64, on the same numbers: XLA fuses, and so rounds, a whole program otherwise than its parts.
 """
 
 import argparse
@@ -72,16 +74,41 @@ CASES = {"gpt2": gpt2_case, "llama": llama_case, "resnet18": resnet_case}
 
 def difference(case: Case, staged: stages.StagedLoss, want: tuple[Any, Any]) -> float:
     """Run all stages forward and backward; the largest relative difference."""
+    return off(in_stages(case, staged), want)
+
+
+def in_stages(case: Case, staged: stages.StagedLoss) -> tuple[Any, Any]:
+    """Loss and gradients, leaf by leaf, of all stages."""
     tape = staged.forward(case.params, *case.data)
     found: dict[int, Any] = {}
     for _, grads in staged.backward(tape):
         found.update(grads)
-    leaves = jax.tree.leaves(want[1])
-    pairs = [(tape.loss, want[0]), *((found[j], leaf) for j, leaf in enumerate(leaves))]
+    return tape.loss, [found[j] for j in sorted(found)]
+
+
+def off(found: tuple[Any, Any], want: tuple[Any, Any]) -> float:
+    """Largest relative difference of the loss or a leaf's gradient."""
+    leaves = jax.tree.leaves(found[1]), jax.tree.leaves(want[1])
+    pairs = [(found[0], want[0]), *zip(*leaves, strict=True)]
     return max(
         float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(np.asarray(b))))
         for a, b in pairs
     )
+
+
+def in_float64(case: Case) -> tuple[Any, Any]:
+    """Loss and gradients of the whole in float64, from the same float32 numbers."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: (
+                jnp.asarray(np.asarray(x), jnp.float64)
+                if jnp.issubdtype(x.dtype, jnp.floating)
+                else jnp.asarray(np.asarray(x))
+            ),
+            (case.params, case.data),
+        )
+        found = jax.jit(jax.value_and_grad(case.loss_fn))(wide[0], *wide[1])
+        return jax.tree.map(np.asarray, found)
 
 
 def compiled_once(staged: stages.StagedLoss) -> bool:
@@ -103,8 +130,10 @@ def rows(name: str, case: Case, small: bool) -> Iterator[dict[str, Any]]:
     yield {
         "model": name, "nodes": n, "cuts": f"{len(single)} single cuts", "run": "by operation",
         "stages": 2, "programs": None, "max_relative": worst, "compiled_once": None,
+        "stages_to_f64": None, "whole_to_f64": None,
     }  # fmt: skip
     want = jax.jit(jax.value_and_grad(case.loss_fn))(case.params, *case.data)
+    exact = in_float64(case)
     numbers = np.random.default_rng(0)
     random = [
         sorted(numbers.choice(np.arange(1, n), size=size, replace=False).tolist())
@@ -120,7 +149,15 @@ def rows(name: str, case: Case, small: bool) -> Iterator[dict[str, Any]]:
             "stages": len(staged.stages),
             "programs": 2 * len({id(s.forward) for s in staged.stages}),
             "max_relative": worst, "compiled_once": compiled_once(staged),
+            "stages_to_f64": off(in_stages(case, staged), exact), "whole_to_f64": off(want, exact),
         }  # fmt: skip
+
+
+def close(row: dict[str, Any]) -> bool:
+    """Tell whether stages equal the whole, or are at least as near to float64 as it is."""
+    if row["max_relative"] <= BOUND:
+        return True
+    return row["stages_to_f64"] is not None and row["stages_to_f64"] <= 1.1 * row["whole_to_f64"]
 
 
 def write(found: list[dict[str, Any]], models: list[str]) -> None:
@@ -131,12 +168,18 @@ def write(found: list[dict[str, Any]], models: list[str]) -> None:
     kept = [row for row in map(json.loads, lines) if row["model"] not in models]
     every = sorted(kept + found, key=lambda row: list(CASES).index(row["model"]))
     write_jsonl(record, every)
+    every = [{**row, **{k: row.get(k) for k in ("stages_to_f64", "whole_to_f64")}} for row in every]
     shown = [
         {k: "" if row[k] is None else row[k] for k in row if k not in ("machine", "minutes")}
         for row in every
     ]
     text = "# Gradients of stages against the whole\n\n" + (__doc__ or "") + "\n"
-    text += markdown_table([{**row, "max_relative": f"{row['max_relative']:.1e}"} for row in shown])
+    numbers = ("max_relative", "stages_to_f64", "whole_to_f64")
+    rows = [
+        row | {k: f"{row[k]:.1e}" for k in numbers if isinstance(row.get(k), float)}
+        for row in shown
+    ]
+    text += markdown_table(rows)
     atomic_write(HERE / "results" / "gradients.md", text + "\n")
 
 
@@ -157,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         found += [{**row, "minutes": minutes, "machine": str(machine())} for row in of_model]
     if not args.smoke:
         write(found, models)
-    bad = [row for row in found if row["max_relative"] > BOUND or row["compiled_once"] is False]
+    bad = [row for row in found if row["compiled_once"] is False or not close(row)]
     return 1 if bad else 0
 
 

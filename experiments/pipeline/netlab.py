@@ -1,19 +1,23 @@
 """Four unequal devices in two sites with a slow link between: step time by method and codec.
 
-Command:   python experiments/pipeline/netlab.py --profile     once, about a minute
-           python experiments/pipeline/netlab.py               about 3 minutes on 2 idle cores
-           python experiments/pipeline/netlab.py --smoke       two devices, kept nowhere
+Command:   python experiments/pipeline/netlab.py --profile --rate 8mbit   about a minute
+           python experiments/pipeline/netlab.py --rate 8mbit             two on 2 idle cores
+           python experiments/pipeline/netlab.py --smoke                  kept nowhere
 Expected:  from scheduling alone, dense, 1.45 times or more over equal-number; with AdaTopK as well
            5 times or more at 8 Mbit/s; measured within 10 % of predicted
 Results:   results/netlab.json (every run), netlab.md and netlab.png
 
 Every device is a process in a network namespace of its own; 1 Gbit/s inside a site, the given rate
-between (token buckets, checked by a timed exchange), and a CPU quota by control groups: 0.6, 0.6,
-0.3 and 0.3 of a core. The devices are listed in the order in which they might have joined, sites in
+between (token buckets with frames of 1500 bytes, so that next to nothing passes at once after a
+pause; checked by a timed exchange). Devices have 0.5, 0.5, 0.25 and 0.25 of a core's speed by a
+throttle: a worker sleeps in proportion to the processor time that it used (isolate.py says why not
+a CPU quota). The devices are listed in the order in which they might have joined, sites in
 turn; equal-number and equal-compute use that order, which is what costs them most. All plans are
-run in one set of processes, a step each in turns. They are predicted twice before the rounds that
-count: from the profile of the model's blocks and links, and from the stages' own times in a round
-or two of warm-up.
+run in one set of processes, a step each in turns. Plans are made from the profile in a file, so
+that their programs can be compiled beforehand. Before the rounds that count, each is predicted
+twice: from the model's blocks and links, measured anew by these processes (a machine's speed
+drifts by a quarter within minutes), and from the stages' own times in two rounds of warm-up.
+Results of other rates are kept.
 """
 
 import argparse
@@ -83,15 +87,11 @@ def worker(options: dict) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     from jaxsys.cluster.sockets import connect
-    from jaxsys.pipeline.profile import profile
 
     transport = connect(member, timeout_s=120.0, silence_s=60.0)
     setup = model(options)
     if options["profile"] is None:
-        found = profile(
-            setup, options["micro_batches"], transport, granularity="scope", memory_bytes=1e9,
-            sites=options["sites"],
-        )  # fmt: skip
+        found = profiled(options, setup, transport)
         if found is not None:
             print(MARK + found.to_json(), flush=True)
     else:
@@ -99,6 +99,18 @@ def worker(options: dict) -> None:
         if transport.rank == 0:
             print(MARK + to_json(rows), flush=True)
     transport.close()
+
+
+def profiled(options: dict, setup, transport):
+    """Measure blocks and links, together with the other processes."""
+    from jaxsys.cluster.throttle import throttle_of
+    from jaxsys.pipeline.profile import profile
+    from jaxsys.train import optimizers
+
+    return profile(
+        setup, options["micro_batches"], transport, granularity="scope", memory_bytes=1e9,
+        sites=options["sites"], optimizer=optimizers.adamw(lr=1e-4), throttle=throttle_of(),
+    )  # fmt: skip
 
 
 def plans_of(options: dict, setup) -> tuple:
@@ -114,15 +126,16 @@ def plans_of(options: dict, setup) -> tuple:
     choice = Choice(micro_batches=options["micro_batches"], ratio=options["ratio"])
     rows = compare(
         work, found.fleet, choice, methods=METHODS, codecs=CODECS,
-        codec_s_per_byte=found.codec_s_per_byte,
+        overheads=found.overheads,
     )  # fmt: skip
-    return work, found.fleet, rows
+    return graph, work, found.fleet, rows
 
 
 def run_plans(options: dict, setup, transport) -> list[dict]:
     """Run all plans a step each in turns; gives every plan's figures (on every process)."""
     import jax
 
+    from jaxsys.cluster.throttle import throttle_of
     from jaxsys.core.stages import cut_at
     from jaxsys.pipeline.execute import Worker
     from jaxsys.pipeline.messages import step_bytes
@@ -130,7 +143,7 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
     from jaxsys.pipeline.renumbered import Renumbered
     from jaxsys.train import optimizers
 
-    work, fleet, rows = plans_of(options, setup)
+    graph, work, fleet, rows = plans_of(options, setup)
     shapes, specs = setup.shapes(), setup.micro_batch(options["micro_batches"])
     params = setup.init(jax.random.key(0))
     staged, workers, states = {}, [], []
@@ -142,7 +155,9 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
             )
         end = Renumbered(transport, plan.devices)
         optimizer = optimizers.adamw(lr=1e-4)
-        workers.append(Worker(staged[plan.boundaries], plan, end, optimizer, shapes))
+        workers.append(
+            Worker(staged[plan.boundaries], plan, end, optimizer, shapes, throttle=throttle_of())
+        )
         states.append(workers[-1].init(params))
         row["bytes_predicted"] = sum(
             step_bytes(staged[plan.boundaries], plan, jax.tree.leaves(shapes)).values()
@@ -151,7 +166,8 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
     turn, own = 1000, [[] for _ in rows]
     for k in range(1 + options["warm"] + options["rounds"]):
         if k == 1 + options["warm"]:
-            predict_again(options, rows, own, work, fleet, transport)
+            predict_anew(rows, graph, profiled(options, setup, transport))
+            predict_again(rows, own, work, fleet, transport)
         for i in (np.arange(len(rows)) + k) % len(rows):
             turn += 2
             gather(transport, np.zeros(1), turn)
@@ -173,14 +189,23 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
 
 
 def stage_times(info) -> list[float]:
-    """Mean seconds of one forward and one backward of this process's stage, and of the update."""
+    """Median seconds of one forward and one backward of this process's stage, and of the update."""
     kinds: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     for span in info.spans:
         kinds[span.name.split()[0]].append(span.end_s - span.start_s)
-    return [float(np.mean(kinds[name])) for name in kinds]
+    return [float(np.median(kinds[name])) for name in kinds]
 
 
-def predict_again(options, rows, own, work, fleet, transport) -> None:
+def predict_anew(rows, graph, found) -> None:
+    """Predict each plan from what process 0 was told just now."""
+    for row in rows if found is not None else ():
+        row["planned_s"] = row["predicted_s"]
+        row["alone"], row["overheads"] = found.alone, tuple(found.overheads)
+        row["rates"] = (found.fleet.bytes_per_s * 8e-6).round(2).tolist()
+        row["predicted_s"] = found.predict(graph, row["plan"]).makespan_s
+
+
+def predict_again(rows, own, work, fleet, transport) -> None:
     """Predict each plan from its stages' own times in the rounds of warm-up."""
     from jaxsys.pipeline.estimate import Costs, costs_of
     from jaxsys.pipeline.probe import gather
@@ -194,9 +219,9 @@ def predict_again(options, rows, own, work, fleet, transport) -> None:
         costs = costs_of(work, fleet, plan)
         again = Costs(
             tuple(by_stage[:, 0].tolist()), tuple(by_stage[:, 1].tolist()), costs.messages,
-            costs.devices,
+            costs.devices, tuple(by_stage[:, 2].tolist()),
         )  # fmt: skip
-        row["again_s"] = predict_s(plan, again, fleet) + float(by_stage[:, 2].max())
+        row["again_s"] = predict_s(plan, again, fleet)
 
 
 def start(options: dict, place: Place, verified: list) -> object:
@@ -256,7 +281,8 @@ def report(results: list[dict], out: Path) -> str:
         f"1F1B, float32; AdaTopK and uniform top-k at r = {options['ratio']:g}. Medians of "
         f"{options['rounds']} steps, plans in turns, the slowest process counting, with 95 % "
         "bootstrap intervals; in brackets by how much the measured time is above the prediction. "
-        "The devices' CPU quotas are " + ", ".join(map(str, options["cores"])) + " of a core.\n",
+        "The devices' speeds are " + ", ".join(map(str, options["cores"])) + " of a core's, by a "
+        "throttle.\n",
     ]
     for result in results:
         text += [
@@ -296,7 +322,7 @@ def main() -> int:
     n = 2 if args.smoke else 4
     place = Place(
         n, ("1gbit",), ((0,), (1,)) if args.smoke else ((0, 2), (1, 3)), (args.rate,),
-        (0.6, 0.3) if args.smoke else (0.6, 0.6, 0.3, 0.3),
+        (0.5, 0.25) if args.smoke else (0.5, 0.5, 0.25, 0.25), "throttle", 1500,
     )  # fmt: skip
     out = Path(tempfile.mkdtemp()) if args.smoke else HERE / "results"
     cache = Path(tempfile.gettempdir()) / "jaxsys-netlab-programs"
@@ -325,6 +351,7 @@ def main() -> int:
     results = [result for result in results if result["rate"] != args.rate]
     kept = {k: v for k, v in options.items() if k not in ("profile", "cache")}
     results.append({"rate": args.rate, "verified": verified, "options": kept, "rows": rows})
+    results.sort(key=lambda result: float(result["rate"].removesuffix("mbit")))
     atomic_write(path, to_json(results))
     print(report(results, out))
     return 0

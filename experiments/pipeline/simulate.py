@@ -2,7 +2,8 @@
 
     python experiments/pipeline/simulate.py                  3 fleets of 48, 4 minutes on a core
     python experiments/pipeline/simulate.py --part resnet    the same for ResNet-101, 2 minutes
-    python experiments/pipeline/simulate.py --part internet  one fleet of 1,000, 2 minutes
+    python experiments/pipeline/simulate.py --part internet --seed 0   fleet 0 of 1,000, 2 minutes;
+                                                                       rows of others are kept
     python experiments/pipeline/simulate.py --smoke          seconds, nothing written
 
 Everything that is a time of a step is **modelled**: devices, links and speeds are drawn, a step is
@@ -19,6 +20,7 @@ may be, since the closed form does not know how few micro-batches 1F1B holds in 
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -105,10 +107,10 @@ def one(work: Work, fleet: Fleet, micro_batches: int, method: str, way: str, ord
     return row, plan, costs
 
 
-def collect(work: Work, fleets: list[Fleet], micro_batches: int, ways, best_order: bool):
+def collect(work: Work, fleets: dict[int, Fleet], micro_batches: int, ways, best_order: bool):
     """Plan with every method and way of compressing for every drawn fleet."""
     rows, plans = [], {}
-    for seed, fleet in enumerate(fleets):
+    for seed, fleet in fleets.items():
         wanted = [(method, way, "1f1b") for way in ways for method in METHODS]
         if best_order:
             wanted += [("search", way, "eager-1f1b") for way in ways if way != "uniform top-k"]
@@ -179,19 +181,19 @@ def picture(table, title: str):
     return fig
 
 
-def parts(given) -> tuple[str, Work, list[Fleet], int, list[str], bool]:
+def parts(given) -> tuple[str, Work, dict[int, Fleet], int, list[str], bool]:
     """Choose what to simulate."""
-    seeds = range(given.seeds)
+    seeds = range(given.seeds) if given.seed is None else [given.seed]
     if given.smoke:
-        fleets = [paper_fleet(0, n_devices=8)]
+        fleets = {0: paper_fleet(0, n_devices=8)}
         return "smoke", gpt2_work(2, 64, 4, 64), fleets, 8, ["dense", "AdaTopK"], True
-    if given.part == "paper":
-        fleets = [paper_fleet(seed) for seed in seeds]
+    if given.part == "paper" and 0 in fleets:
+        fleets = {seed: paper_fleet(seed) for seed in seeds}
         return "48 devices, GPT-2 XL", gpt2_work(48), fleets, 48, list(WAYS), True
     if given.part == "resnet":
-        fleets = [paper_fleet(seed) for seed in seeds]
+        fleets = {seed: paper_fleet(seed) for seed in seeds}
         return "48 devices, ResNet-101", resnet_work(), fleets, 48, list(WAYS), True
-    fleets = [internet_fleet(1000, seed) for seed in seeds]
+    fleets = {seed: internet_fleet(1000, seed) for seed in seeds}
     title = "1,000 devices, 340 blocks of GPT-2 XL"
     return title, gpt2_work(340), fleets, 512, ["dense", "AdaTopK"], False
 
@@ -200,18 +202,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plan for simulated fleets.")
     parser.add_argument("--part", choices=("paper", "resnet", "internet"), default="paper")
     parser.add_argument("--seeds", type=int, default=None, help="fleets drawn")
+    parser.add_argument("--seed", type=int, default=None, help="this fleet alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="8 devices, nothing written")
     given = parser.parse_args(argv)
     given.seeds = given.seeds or (1 if given.part == "internet" else 3)
     title, work, fleets, micro_batches, ways, best_order = parts(given)
     rows, plans = collect(work, fleets, micro_batches, ways, best_order)
+    name = given.out / f"simulate_{given.part}"
+    record = Path(f"{name}.jsonl")
+    if given.seed is not None and record.exists():
+        kept = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+        rows += [row for row in kept if row["seed"] != given.seed]
+        rows.sort(key=lambda row: row["seed"])
     table = summary(rows)
     shown = [{k: v for k, v in row.items() if k not in ("gain", "interval")} for row in table]
-    rate = 8 * fleets[0].bytes_per_s[~np.eye(len(fleets[0]), dtype=bool)]
+    one_fleet = next(iter(fleets.values()))
+    rate = 8 * one_fleet.bytes_per_s[~np.eye(len(one_fleet), dtype=bool)]
+    count = len({row["seed"] for row in rows})
     text = (
-        f"# {title}: modelled\n\nPlanned on {machine()}. {len(fleets)} fleets drawn "
-        f"(the first has links of {rate.min() / 1e6:.3g} Mbit/s to {rate.max() / 1e9:.3g} Gbit/s), "
+        f"# {title}: modelled\n\nPlanned on {machine()}. {count} fleets drawn (number "
+        f"{next(iter(fleets))} has links of {rate.min() / 1e6:.3g} Mbit/s to "
+        f"{rate.max() / 1e9:.3g} Gbit/s), "
         f"{work.n_nodes} nodes, {work.total[-1] / 1e12:.3g} TFLOPs a micro-batch with "
         f"recomputation, {micro_batches} micro-batches a step, ratio {RATIO:g} for top-k. Medians "
         "over the fleets; gains are paired by fleet, with bootstrap intervals. **Steps are "
@@ -223,11 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if given.smoke:
         return
-    name = given.out / f"simulate_{given.part}"
     atomic_write(f"{name}.md", text)
-    write_jsonl(f"{name}.jsonl", rows)
+    write_jsonl(record, rows)
     save_figure(picture(table, title), f"{name}.png")
-    if given.part == "paper":
+    if given.part == "paper" and 0 in fleets:
         plan, costs = plans[0, "search", "dense"]
         save_figure(plan_figure(plan, costs, fleets[0]), f"{name}_plan.png")
         groups = communities(fleets[0])

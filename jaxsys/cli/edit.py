@@ -8,11 +8,11 @@ from typing import Any
 from jaxsys.cli import edit_study
 from jaxsys.cli.edit_options import (
     Chosen,
-    ModelName,
     read_requests,
     read_stats,
     settings_of,
 )
+from jaxsys.cli.model_options import ModelName
 from jaxsys.cli.options import Common, Output
 from jaxsys.core.errors import UserError
 

@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from jaxsys.core.errors import UserError
-
-ModelName = Annotated[str, tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxsys.cli.edit_options import Facts, ModelName, read_requests, read_settings, read_stats
+from jaxsys.cli.edit_options import Facts, read_requests, read_settings, read_stats
+from jaxsys.cli.model_options import ModelName
 from jaxsys.cli.options import Common, Output
 from jaxsys.core.errors import UserError
 

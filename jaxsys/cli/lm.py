@@ -3,15 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
+from jaxsys.cli.model_options import Dtype, ModelName, dtype_of, sampling_of
 from jaxsys.cli.options import Common, Output
 from jaxsys.core.errors import UserError
-
-ModelName = Annotated[str, tyro.conf.Positional]
-Dtype = Literal["file", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ def run_convert(config: ConvertConfig) -> dict[str, Any]:
 
     path = lm.find_model(config.model)
     tokenizer = load_tokenizer(path)
-    files = lm.convert(path, config.out, dtype=_dtype(config.dtype))
+    files = lm.convert(path, config.out, dtype=dtype_of(config.dtype))
     files += save_tokenizer(config.out, tokenizer)
     if not config.json:
         for file in files:
@@ -144,7 +140,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         raise UserError("no task is named; pass --task arc_easy, say")
     # All are read before the first is run: a mistake in the last one shows at once.
     tasks = [load_task(name, config.data).head(config.limit) for name in config.task]
-    opened = open_model(config.model, _dtype(config.dtype))
+    opened = open_model(config.model, dtype_of(config.dtype))
     reports = []
     for task in tasks:
         with progress_bar(task.name) as progress:
@@ -175,17 +171,11 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     import jax
 
     from jaxsys.core.report import atomic_write, to_json
-    from jaxsys.evaluate import Sampling, generate
+    from jaxsys.evaluate import generate
     from jaxsys.evaluate.open import encode_prompt, open_model
 
-    sampling = Sampling(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-    )
-    opened = open_model(config.model, _dtype(config.dtype))
+    sampling = sampling_of(config)
+    opened = open_model(config.model, dtype_of(config.dtype))
     ids = encode_prompt(opened.tokenizer, config.prompt, chat=config.chat)
     found = generate(
         opened.model,
@@ -213,12 +203,6 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     if config.out:
         atomic_write(config.out / "generate.json", to_json(result) + "\n")
     return result
-
-
-def _dtype(name: Dtype) -> Any:
-    import jax.numpy as jnp
-
-    return None if name == "file" else jnp.dtype(name)
 
 
 COMMANDS = {

@@ -1,6 +1,5 @@
 """Options that all commands share, and what a command gives back."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -57,8 +56,8 @@ def make_out(config: Any) -> None:
 def is_idle(config: Any) -> bool:
     """Tell whether another member of a launched job runs this command alone.
 
-    `jaxsys launch`, Slurm and Open MPI number the processes that they start.
+    The others make nothing of their own; see `jaxsys.cluster.launched_as`.
     """
-    names = ("JAXSYS_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    number = next((os.environ[name] for name in names if name in os.environ), "0")
-    return not getattr(config, "spreads", True) and number != "0"
+    from jaxsys.cluster import launched_as
+
+    return not getattr(config, "spreads", True) and launched_as()[0] != 0

@@ -37,6 +37,8 @@ class FleetConfig(Common):
       clusters: Which devices are near each other, such as 0,2 1,3.
       between: Rate of the links between clusters, such as 20mbit.
       cores: Share of a core of each device, such as 0.6 0.3.
+      shares_by: What holds a device to its share, the kernel's quota or a throttle in the worker,
+        which is nearer to a slower device.
     """
 
     task: Task = field(default_factory=Task)
@@ -53,6 +55,7 @@ class FleetConfig(Common):
     clusters: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     cores: tuple[float, ...] = ()
+    shares_by: Literal["quota", "throttle"] = "quota"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,9 @@ def _place(config: FleetConfig, devices: int) -> Any:
     from jaxsys.pipeline.place import Place, read_clusters
 
     clusters = read_clusters(config.clusters)
-    return Place(devices, config.bandwidth, clusters, config.between, config.cores)
+    return Place(
+        devices, config.bandwidth, clusters, config.between, config.cores, config.shares_by
+    )
 
 
 def _tell(config: FleetConfig) -> Any:
@@ -140,7 +145,7 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
         if config.fleet is None
         else known_fleet(config.task, choice, config.fleet, config.seed)
     )  # fmt: skip
-    given: dict[str, Any] = {"codec_s_per_byte": costs.codec_s_per_byte}
+    given: dict[str, Any] = {"overheads": costs.overheads}
     plan = planner_of(
         costs.work, choice, optimizer=config.task.optimizer, seed=config.seed, **given
     ).make(costs.fleet)
@@ -173,15 +178,16 @@ def run_plan(config: PlanConfig) -> dict[str, Any]:
 
 def run_train(config: TrainConfig) -> dict[str, Any]:
     """Measure, plan and train, or join the processes of a launched job that do."""
+    from jaxsys.cluster import launched_as
     from jaxsys.core.report import print_table
-    from jaxsys.pipeline.train import Request, launched, train, train_joined
+    from jaxsys.pipeline.train import Request, train, train_joined
     from jaxsys.train.logs import JsonLines, Tee, TensorBoard, WeightsAndBiases, Writer
 
     out = config.out or Path("runs/pipeline-train")
     names = {f.name for f in dataclasses.fields(Request)}
     shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
     request = Request(**shared | {"choice": _choice(config), "out": str(out)})
-    if launched():
+    if launched_as()[1] > 1:
         result = train_joined(request, _tell(config))
     else:
         place = _place(config, config.devices)

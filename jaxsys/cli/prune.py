@@ -3,14 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import tyro
-
+from jaxsys.cli.model_options import Dtype, ModelName, dtype_of
 from jaxsys.cli.options import Common, Output
 from jaxsys.cli.prune_search import SearchCommand, run_search
-
-ModelName = Annotated[str, tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class RunCommand(Output):
     length: int = 256
     batch: int = 1
     form: Literal["dense", "packed", "nm"] = "dense"
-    dtype: Literal["file", "float32", "bfloat16", "float16"] = "file"
+    dtype: Dtype = "file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +116,6 @@ def run_run(config: RunCommand) -> dict[str, Any] | None:
 
     from dataclasses import replace
 
-    import jax.numpy as jnp
-
     from jaxsys.core.report import format_bytes
     from jaxsys.data import load_tokenizer, python_docs, read_text, save_tokenizer
     from jaxsys.evaluate.run import progress_bar
@@ -153,7 +148,7 @@ def run_run(config: RunCommand) -> dict[str, Any] | None:
             pattern,
             form=config.form,
             layers=config.layers,
-            dtype=None if config.dtype == "file" else jnp.dtype(config.dtype),
+            dtype=dtype_of(config.dtype),
             batch=config.batch,
             on_memory=tell,
             on_block=lambda i, n, found: progress(i, n),

@@ -3,7 +3,7 @@
 Nothing here imports JAX before `join` is called, so that a launcher stays small.
 """
 
-from jaxsys.cluster.join import Membership, join, leave, read_environment
+from jaxsys.cluster.join import Membership, join, launched_as, leave, read_environment
 from jaxsys.cluster.launch import Attempt, LaunchReport, launch, most_workers
 from jaxsys.cluster.netlab import Availability, LinkRate, Netlab, available, netlab
 from jaxsys.cluster.rates import Traffic, format_rate, interface_bytes, parse_rate
@@ -25,6 +25,7 @@ __all__ = [
     "interface_bytes",
     "join",
     "launch",
+    "launched_as",
     "leave",
     "most_workers",
     "netlab",

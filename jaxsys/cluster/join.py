@@ -176,6 +176,31 @@ def read_environment(environ: Mapping[str, str]) -> Membership | None:
     return _checked(values[COORDINATOR] or "", numbers[0], numbers[1], "launcher")
 
 
+def launched_as(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Tell which of how many processes this is, by what launchers leave in the environment.
+
+    `jaxsys launch`, Slurm and Open MPI are known; nothing is joined or checked.
+
+    Args:
+      environ: environment variables.
+
+    Returns:
+      This process's number and how many there are; 0 and 1 where no launcher says anything.
+
+    >>> launched_as({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}), launched_as({})
+    ((3, 4), (0, 1))
+    """
+    names = (
+        (PROCESS_ID, NUM_PROCESSES),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    )
+    for number, count in names:
+        if number in environ or count in environ:
+            return int(environ.get(number) or 0), int(environ.get(count) or 1)
+    return 0, 1
+
+
 def _from_arguments(
     coordinator: str | None, process_id: int | None, num_processes: int | None
 ) -> Membership | None:

@@ -198,6 +198,7 @@ def netlab(
     burst_bytes: int | None = None,
     clusters: Sequence[Sequence[int]] = (),
     between: str | Sequence[str] = "10mbit",
+    frame_bytes: int = _MTU_BYTES,
 ) -> Iterator[Netlab]:
     """Make a network of n workers with shaped links, and remove it at the end.
 
@@ -211,6 +212,9 @@ def netlab(
       clusters: groups of workers, each at a bridge of its own; by default all are at one. Two
         clusters have one link between them; of more, all hang on the first one's bridge.
       between: the rate of the links between clusters, or one for each cluster after the first.
+      frame_bytes: largest frame. With smaller ones, such as the internet's 1500, headers take more
+        (4 %), but the links between clusters let only one of them pass at once after a pause, so
+        that they are as slow for a short message as for a long one.
 
     Yields:
       The network.
@@ -242,7 +246,9 @@ def netlab(
         pids=(),
         clusters=groups,
         between_bits_s=between_bits_s,
-        between_burst_bytes=tuple(burst_bytes or _burst_bytes(rate) for rate in between_bits_s),
+        between_burst_bytes=tuple(
+            burst_bytes or _between_burst_bytes(rate, frame_bytes) for rate in between_bits_s
+        ),
         hubs=tuple((str(_NETWORK[-3 - k]), 0) for k in range(further)),
     )
     missing = [name for name in ("ip", "tc", "nsenter") if _tool(name) is None]
@@ -253,7 +259,7 @@ def netlab(
         refusals = []
         for how in _HOW if os.geteuid() == 0 else _HOW[:1]:
             try:
-                held = stack.enter_context(hold(_plan(lab, how), _hosts(lab)))
+                held = stack.enter_context(hold(_plan(lab, how, frame_bytes), _hosts(lab)))
             except Refused as refusal:
                 refusals.append(refusal)
                 continue
@@ -339,6 +345,13 @@ def _burst_bytes(rate_bits_s: float) -> int:
     return max(2 * _GSO_BYTES, round(rate_bits_s / 8 * 8e-3))
 
 
+def _between_burst_bytes(rate_bits_s: float, frame_bytes: int) -> int:
+    """One frame, or what passes while a timer is late; the bucket takes larger bundles apart."""
+    if frame_bytes >= _MTU_BYTES:
+        return _burst_bytes(rate_bits_s)
+    return max(frame_bytes + 100, round(rate_bits_s / 8 * 3e-4))
+
+
 def _tool(name: str) -> str | None:
     """Find a program also where administrators' programs are, which Debian hides from users."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -350,7 +363,7 @@ def _hosts(lab: Netlab) -> str:
     return "127.0.0.1 localhost\n::1 localhost\n" + "".join(lines)
 
 
-def _plan(lab: Netlab, how: str) -> dict[str, Any]:
+def _plan(lab: Netlab, how: str, frame_bytes: int) -> dict[str, Any]:
     """What `_holder.py` has to build."""
     bridge = {i: "jxhub" if k == 0 else f"jxc{k}" for k, g in enumerate(lab.clusters) for i in g}
     bridges = tuple(bridge[i] for i in range(len(lab.addresses)))
@@ -373,7 +386,7 @@ def _plan(lab: Netlab, how: str) -> dict[str, Any]:
         "tc": _tool("tc"),
         "hub_address": lab.hub_address,
         "queue_s": _QUEUE_S,
-        "mtu_bytes": _MTU_BYTES,
+        "mtu_bytes": frame_bytes,
         "gso_bytes": _GSO_BYTES,
         "workers": [*workers, *hubs],
         "trunks": trunks,

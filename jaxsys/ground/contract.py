@@ -25,7 +25,7 @@ class Batch(NamedTuple):
         mask: [B, K, V] bool; False where a view is missing.
         views: f_v, [B, K, V, D], features of the views by the frozen vision encoder.
         pixels: [B, K, V, ...], what a vision encoder reads: images, or activations kept from
-            before its adapted blocks.
+            before its adapted blocks. With `places` it is [U, V, ...] of U objects.
         answer: [B], the place of the candidate that is meant.
         objects: [B, K] integers, equal where two candidates are the same object.
         texts: [B] integers, equal where two descriptions are the same text (`text_ids`).
@@ -34,6 +34,8 @@ class Batch(NamedTuple):
         tokens: [B, T], the description as the captioner's tokens.
         token_mask: [B, T] bool; False after the last token.
         first_view: [B, K], the view that is seen first, where a protocol says it.
+        places: [B, K], each candidate's place among the U objects of `pixels`, which an encoder
+            then reads once however many rows they are in (`jaxsys.ground.groups`).
 
     >>> Batch(np.zeros((1, 4)), np.ones((1, 2, 8), bool)).answer is None
     True
@@ -51,6 +53,7 @@ class Batch(NamedTuple):
     tokens: Any = None
     token_mask: Any = None
     first_view: Any = None
+    places: Any = None
 
 
 class Scores(Protocol):
@@ -164,7 +167,8 @@ def check_batch(batch: Batch) -> None:
         for name, axes in {
             "text": (b,),
             "views": (b, k, v),
-            "pixels": (b, k, v),
+            "pixels": (b, k, v) if batch.places is None else np.shape(batch.pixels)[:1],
+            "places": (b, k),
             "answer": (b,),
             "objects": (b, k),
             "texts": (b,),

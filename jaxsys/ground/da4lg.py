@@ -252,18 +252,25 @@ def look(
     """
     mask = jnp.asarray(batch.mask)
     parts = {"views": batch.views, "pixels": batch.pixels}
+    drawn = None
     if config.pooling in ("one", "two"):
-        places = views.draw(mask, 1 if config.pooling == "one" else 2, key)
+        drawn = views.draw(mask, 1 if config.pooling == "one" else 2, key)
         parts = {
-            name: None if part is None else views.take(jnp.asarray(part), places)
+            name: part
+            if part is None or (name == "pixels" and batch.places is not None)
+            else views.take(jnp.asarray(part), drawn)
             for name, part in parts.items()
         }
-        mask = jnp.take_along_axis(mask, places, 2)
+        mask = jnp.take_along_axis(mask, drawn, 2)
 
     def run(params: Any) -> Array:
         pixels = jnp.asarray(need(parts["pixels"], "pixels"))
         assert encode is not None
-        return encode(params, pixels.reshape(-1, *pixels.shape[3:])).reshape(*mask.shape, -1)
+        if batch.places is None:
+            return encode(params, pixels.reshape(-1, *pixels.shape[3:])).reshape(*mask.shape, -1)
+        each = encode(params, pixels.reshape(-1, *pixels.shape[2:]))
+        found = each.reshape(*pixels.shape[:2], -1)[jnp.asarray(batch.places)]
+        return found if drawn is None else views.take(found, drawn)
 
     if parts["views"] is not None:
         vision = jnp.asarray(parts["views"])
@@ -293,26 +300,73 @@ def _score(
     """Give the scores, and f_d pooled without weights for the other tasks."""
     view_key, drop_key = keys_for(key, 2, train=train)
     heads = nnx.merge(graphdef, trainable["heads"])
-    residual = None
-    if config.domain == "residual":
-        residual = lambda x: heads.widen(jax.nn.gelu(heads.narrow(x)))  # noqa: E731
-    seen = look(config, encode, trainable, frozen, batch, view_key, residual)
+    seen = look(config, encode, trainable, frozen, batch, view_key, _residual(config, heads))
     kind = "mean" if config.pooling == "mean" else "max"  # random views are drawn by now
     text = jnp.asarray(batch.text)
     images = unit(views.pool(seen.vision, seen.mask, kind))
     if config.domain != "none":
-        alike = config.width == config.text_width
-        weights = views.weights(
-            seen.domain if alike else heads.image(seen.domain),
-            text if alike else heads.text(text),
-            seen.mask,
-            config.weighting,
-            config.temperature,
-        )
+        weights = _weights(config, heads, seen, text)
         weighed = views.pool(weights[..., None] * seen.domain, seen.mask, kind)
         images = jnp.concatenate([unit(weighed), images], -1)
     found = heads.score(beside(images, unit(text)), drop_key if train else None)[..., 0]
     return found, views.pool(seen.domain, seen.mask, kind)
+
+
+def _residual(config: Da4lgConfig, heads: Any) -> Callable[[Any], Any] | None:
+    if config.domain != "residual":
+        return None
+    return lambda x: heads.widen(jax.nn.gelu(heads.narrow(x)))
+
+
+def _weights(config: Da4lgConfig, heads: Any, seen: Seen, text: Array) -> Float[Array, "B K V"]:
+    """Give RW's weights; where widths differ, cosines are of learned projections."""
+    alike = config.width == config.text_width
+    return views.weights(
+        seen.domain if alike else heads.image(seen.domain),
+        text if alike else heads.text(text),
+        seen.mask,
+        config.weighting,
+        config.temperature,
+    )
+
+
+def view_weights(
+    config: Da4lgConfig,
+    encode: Encode | None,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    captioner: Captioner | None = None,
+) -> Float[Array, "B K V"]:
+    """Show how RW weighs each view for its description, for pictures and reports.
+
+    Args:
+        config: as `da4lg` has it, with pooling ``max`` or ``mean``, and a domain encoder.
+        encode: the vision encoder.
+        trainable: parameters.
+        frozen: parameters.
+        batch: as for `Grounder.scores`.
+        captioner: the one that the parameters were made with.
+
+    Raises:
+        UserError: for a grounder that weighs no views.
+
+    >>> config = Da4lgConfig(4, 4, "frozen", hidden=(8,), contrast=0.0)
+    >>> batch = Batch(jnp.ones((1, 4)), jnp.ones((1, 2, 3), bool), jnp.ones((1, 2, 3, 4)))
+    >>> init = lambda: da4lg(config).init(jax.random.key(0), {})
+    >>> jax.eval_shape(lambda: view_weights(config, None, init(), {}, batch)).shape
+    (1, 2, 3)
+    """
+    if config.domain == "none" or config.pooling in ("one", "two"):
+        raise UserError(
+            f"domain is {config.domain!r} and pooling {config.pooling!r}; expected a domain "
+            "encoder and all views, or nothing weighs them; choose other settings"
+        )
+    graphdef, _ = stateless(lambda rngs: _Heads(config, captioner, rngs=rngs))
+    heads = nnx.merge(graphdef, trainable["heads"])
+    residual = _residual(config, heads)
+    seen = look(config, encode, trainable, frozen, batch, residual=residual)
+    return _weights(config, heads, seen, jnp.asarray(batch.text))
 
 
 def _contrast(heads: Any, pooled: Array, batch: Batch, axis_name: str | None) -> Array:

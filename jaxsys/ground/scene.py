@@ -198,7 +198,7 @@ def render_views(
     scenes: Scene,
     *,
     n_views: int = 8,
-    elevation_deg: float | int = 30,
+    elevation_deg: Any = 30,
     size: int = 32,
     light: tuple[float, float, float] = (0.4, -0.5, 0.8),
 ) -> Float[Array, "N V Y X 3"]:

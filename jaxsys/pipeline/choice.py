@@ -9,7 +9,7 @@ from jaxsys.core.errors import UserError
 from jaxsys.core.report import figure, format_seconds, save_figure
 from jaxsys.core.timeline import gantt
 from jaxsys.pipeline.devices import Fleet
-from jaxsys.pipeline.estimate import costs_of
+from jaxsys.pipeline.estimate import NO_OVERHEADS, Overheads, costs_of
 from jaxsys.pipeline.memory import Limits
 from jaxsys.pipeline.plan import Plan
 from jaxsys.pipeline.planner import METHODS, make_plan
@@ -77,7 +77,7 @@ def planner_of(
     choice: Choice,
     *,
     optimizer: str = "adamw",
-    codec_s_per_byte: float | int = 0.0,
+    overheads: Overheads = NO_OVERHEADS,
     seed: int = 0,
 ) -> Planner:
     """Make the planner of a run, which plans again when a device is lost or slow.
@@ -86,7 +86,7 @@ def planner_of(
       work: the graph's costs.
       choice: how to plan.
       optimizer: name of the preset, for the copies of a parameter that it keeps.
-      codec_s_per_byte: measured seconds of encoding or decoding a dense byte.
+      overheads: measured seconds of what stages do beside their nodes.
       seed: of the search.
 
     Returns:
@@ -105,15 +105,13 @@ def planner_of(
             work,
             fleet,
             limits=limits,
-            codec_s_per_byte=codec_s_per_byte,
+            overheads=overheads,
             seed=seed,
             **choice.settings(),
         )
 
     def seconds(plan: Plan, fleet: Fleet) -> float:
-        return predict_s(
-            plan, costs_of(work, fleet, plan, codec_s_per_byte=codec_s_per_byte), fleet
-        )
+        return predict_s(plan, costs_of(work, fleet, plan, overheads=overheads), fleet)
 
     return Planner(make, seconds, work, limits)
 
@@ -149,7 +147,7 @@ def compare(
     (['dense', 'uniform', 'adatopk'], 1.0)
     """
     rows: list[dict[str, Any]] = []
-    codec_s = given.get("codec_s_per_byte", 0.0)
+    overheads = given.get("overheads", NO_OVERHEADS)
     first_s = None
     for codec in codecs:
         for method in methods:
@@ -161,7 +159,7 @@ def compare(
             except UserError as error:
                 row["refused"] = str(error)
                 continue
-            costs = costs_of(work, fleet, plan, codec_s_per_byte=codec_s)
+            costs = costs_of(work, fleet, plan, overheads=overheads)
             first_s = first_s or plan.predicted_s
             row |= {
                 "plan": plan,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import atomic_write
+from jaxsys.core.report import atomic_write, read_object
 
 
 @dataclass(frozen=True)
@@ -181,18 +181,12 @@ class Fleet:
         ...
         jaxsys.core.errors.UserError: the fleet's fields must be ...
         """
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"the fleet is not JSON ({error}); it must be what `to_json` wrote; mend the file"
-            ) from error
+        found = read_object(text, "fleet")
         names = {"devices", "latency_s", "bytes_per_s"}
-        if not isinstance(found, dict) or set(found) - {"sites"} != names:
+        if set(found) - {"sites"} != names:
             raise UserError(
                 f"the fleet's fields must be {sorted(names)}, and perhaps sites; got "
-                f"{sorted(found) if isinstance(found, dict) else type(found).__name__}; mend the "
-                "file"
+                f"{sorted(found)}; mend the file"
             )
         parts = {"name", "speed_flops_s", "memory_bytes"}
         for entry in found["devices"]:

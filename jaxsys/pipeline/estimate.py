@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxsys.core.cost import fit_linear
 from jaxsys.core.errors import UserError
@@ -14,9 +15,11 @@ from jaxsys.pipeline.wire import wire_bytes
 from jaxsys.pipeline.work import Value, Work, chain_work, work_of
 
 __all__ = [
+    "NO_OVERHEADS",
     "Costs",
     "Limits",
     "Message",
+    "Overheads",
     "Speed",
     "Value",
     "Work",
@@ -109,14 +112,46 @@ class Message(NamedTuple):
     backward_s: float
 
 
+class Overheads(NamedTuple):
+    """What stages take beside their nodes, in seconds on a device of a reference speed.
+
+    Attributes:
+        reference_flops_s: that speed, to which other devices' relate.
+        forward_call_s: of each forward, whatever it holds.
+        backward_call_s: of each backward.
+        encode_s_per_byte: of compressing a dense byte, where it is sent, however few are kept.
+        encode_s_per_kept: of each dense byte that is kept, beside.
+        decode_s_per_byte: of bringing a dense byte back, where it is received.
+        update_s_per_byte: of the optimiser, once a step, for each byte of parameters.
+        message_s_per_byte: of handing a byte to the network or taking it from there, at each end,
+            where that slows the device down.
+
+    >>> Overheads().update_s_per_byte
+    0.0
+    """
+
+    reference_flops_s: float = 1.0
+    forward_call_s: float = 0.0
+    backward_call_s: float = 0.0
+    encode_s_per_byte: float = 0.0
+    encode_s_per_kept: float = 0.0
+    decode_s_per_byte: float = 0.0
+    update_s_per_byte: float = 0.0
+    message_s_per_byte: float = 0.0
+
+
+NO_OVERHEADS = Overheads()
+
+
 class Costs(NamedTuple):
-    """What one micro-batch takes on each stage and link of a plan.
+    """What one micro-batch takes on each stage and link of a plan, and the update on each stage.
 
     Attributes:
         forward_s: seconds of each stage's forward, [S].
         backward_s: seconds of each stage's whole backward, [S].
         messages: what travels.
         devices: index of each stage's device, [S].
+        update_s: seconds of each stage's update, once a step, [S]; none where left out.
 
     >>> Costs((1.0,), (2.0,), (), (0,)).backward_s
     (2.0,)
@@ -126,6 +161,41 @@ class Costs(NamedTuple):
     backward_s: tuple[float, ...]
     messages: tuple[Message, ...]
     devices: tuple[int, ...]
+    update_s: tuple[float, ...] = ()
+
+    def mixed(self, other: "Costs", share: Sequence[float] | Float[np.ndarray, "S"]) -> "Costs":
+        """Go from another estimate of the same plan towards this one.
+
+        Args:
+            other: the other one.
+            share: how far each stage goes, 0 (other) to 1 (this), [S].
+
+        >>> Costs((2.0,), (4.0,), (), (0,)).mixed(Costs((1.0,), (2.0,), (), (0,)), [0.5]).forward_s
+        (1.5,)
+        """
+        forward, backward = (
+            tuple(float(b + f * (a - b)) for a, b, f in zip(mine, others, share, strict=True))
+            for mine, others in (
+                (self.forward_s, other.forward_s),
+                (self.backward_s, other.backward_s),
+            )
+        )
+        return self._replace(forward_s=forward, backward_s=backward)
+
+    def scaled(self, by: Sequence[float] | Float[np.ndarray, "S"]) -> "Costs":
+        """Let each stage take a multiple of its seconds.
+
+        Args:
+            by: the factor of each stage, [S].
+
+        >>> Costs((1.0, 1.0), (2.0, 2.0), (), (0, 1)).scaled([1.0, 0.5]).backward_s
+        (2.0, 1.0)
+        """
+        forward, backward, update = (
+            tuple(float(t * f) for t, f in zip(seconds, by, strict=True)) if seconds else ()
+            for seconds in (self.forward_s, self.backward_s, self.update_s)
+        )
+        return self._replace(forward_s=forward, backward_s=backward, update_s=update)
 
 
 def costs_of(
@@ -133,20 +203,21 @@ def costs_of(
     fleet: Fleet,
     plan: Plan,
     *,
-    codec_s_per_byte: float | int = 0.0,
+    overheads: Overheads = NO_OVERHEADS,
     dtype: str = "float32",
 ) -> Costs:
     """Estimate what one micro-batch of a plan takes.
 
-    A stage takes ``FLOPs / (λ·S)`` seconds and a message ``α + bytes / rate``. A value read by
-    several later stages is sent to each of them once; its cotangents come back from each.
+    A stage takes ``FLOPs / (λ·S)`` seconds, its overheads beside, and a message
+    ``α + bytes / rate``. A value read by several later stages is sent to each of them once; its
+    cotangents come back from each.
 
     Args:
         work: the graph's costs.
         fleet: the devices and links.
         plan: which stage runs where, and how values are compressed.
-        codec_s_per_byte: seconds that each end of a compressed message takes per dense byte, added
-            to its stage.
+        overheads: what stages take beside their nodes: calls, codecs at both ends of a compressed
+            message, updates.
         dtype: type of the values, which fixes what a kept element takes.
 
     Returns:
@@ -169,8 +240,12 @@ def costs_of(
         )
     edges = np.array([0, *plan.boundaries, plan.n_nodes])
     speed = fleet.speed_flops_s[list(plan.devices)]
-    forward = np.diff(work.forward[edges]) / speed
+    slower = overheads.reference_flops_s / speed
+    forward = np.diff(work.forward[edges]) / speed + overheads.forward_call_s * slower
     backward = np.diff((work.total - work.forward)[edges]) / speed
+    backward += overheads.backward_call_s * slower
+    parameters = stage_memory(work, edges[:-1], edges[1:], 0, Limits(copies=1.0))
+    update = parameters * overheads.update_s_per_byte * slower
     messages = []
     for (s, t), passed in sorted(traffic(work, plan.boundaries).items()):
         p, q = plan.devices[s], plan.devices[t]
@@ -189,9 +264,17 @@ def costs_of(
         messages.append(message)
         for seconds, way, n_bytes in ((forward, False, there), (backward, True, back)):
             dense = sum(v.n_bytes for v in passed if v.differentiable or not way)
-            if n_bytes < dense:
-                seconds[[s, t]] += codec_s_per_byte * dense
-    return Costs(tuple(forward.tolist()), tuple(backward.tolist()), tuple(messages), plan.devices)
+            sender, receiver = (t, s) if way else (s, t)
+            kept = 1 / plan.ratio(s, t, backward=way)
+            encode = overheads.encode_s_per_byte + overheads.encode_s_per_kept * kept
+            host = overheads.message_s_per_byte * n_bytes
+            ends = (encode, overheads.decode_s_per_byte) if n_bytes < dense else (0.0, 0.0)
+            seconds[sender] += (ends[0] * dense + host) * slower[sender]
+            seconds[receiver] += (ends[1] * dense + host) * slower[receiver]
+    return Costs(
+        tuple(forward.tolist()), tuple(backward.tolist()), tuple(messages), plan.devices,
+        tuple(update.tolist()) if overheads.update_s_per_byte else (),
+    )  # fmt: skip
 
 
 def traffic(work: Work, boundaries: Sequence[int]) -> dict[tuple[int, int], list[Value]]:

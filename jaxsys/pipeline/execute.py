@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsys.cluster.throttle import FULL_SPEED, Throttle
 from jaxsys.cluster.transport import Transport
 from jaxsys.core import tree
 from jaxsys.core.errors import UserError
@@ -37,6 +38,7 @@ class Worker:
         error_feedback: add to a cotangent what compression took from the one before on its link.
             Gradients of leaves that several workers share always have that where they are
             compressed.
+        throttle: makes this worker as slow as the device that it stands for.
 
     Attributes:
         rank: of this process.
@@ -69,6 +71,7 @@ class Worker:
         params: Any,
         *,
         error_feedback: bool = False,
+        throttle: Throttle = FULL_SPEED,
     ) -> None:
         _check(staged, plan, transport)
         self.rank, self.plan = transport.rank, plan
@@ -94,10 +97,11 @@ class Worker:
             messages.loss_stage(staged),
             error_feedback,
             {},
+            throttle,
         )
         self._actions = actions(plan.order, worker, plan.n_workers, plan.micro_batches, plan.chunks)
         self._optimizer = optimizer
-        self._update = _update(optimizer, plan.micro_batches * len(plan.chains))
+        self._update = leaf_update(optimizer, plan.micro_batches * len(plan.chains))
 
     def init(self, params: Any) -> State:
         """Take this worker's leaves and make the optimiser's state for them.
@@ -163,8 +167,7 @@ class Worker:
         }
         params = {path: value for path, (value, _) in new.items()}
         opt_state = {path: moments for path, (_, moments) in new.items()}
-        jax.block_until_ready(params)
-        turn.clock.worked("update", self.stages[-1])
+        turn.done("update", self.stages[-1], params)
         loss = yield from turn.tell_loss()
         return State(params, opt_state, turn.residuals, state.step + 1), turn.info(loss)
 
@@ -179,10 +182,21 @@ class Worker:
 
 
 @functools.lru_cache(maxsize=8)
-def _update(optimizer: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
+def leaf_update(optimizer: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
     """Compile the update of one leaf from its summed gradient.
 
     A program for all leaves of a worker would round a leaf otherwise on another worker.
+
+    Args:
+        optimizer: the transformation.
+        parts: micro-batches in the sum.
+
+    Returns:
+        ``update(grad, opt_state, param) -> (param, opt_state)``.
+
+    >>> p, sgd = jnp.ones(2), optax.sgd(0.5)
+    >>> leaf_update(sgd, 2)(p, sgd.init(p), p)[0].tolist()
+    [0.75, 0.75]
     """
 
     @jax.jit

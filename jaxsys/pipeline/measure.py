@@ -13,11 +13,13 @@ from typing import Any
 from jaxsys.cluster import join, launch, leave
 from jaxsys.cluster.events import Listener, say, say_mistake
 from jaxsys.cluster.sockets import connect
+from jaxsys.cluster.throttle import throttle_of
 from jaxsys.core.errors import UserError
 from jaxsys.core.report import atomic_write
 from jaxsys.pipeline.job import Task, set_up
 from jaxsys.pipeline.place import Place, Standing
 from jaxsys.pipeline.profile import Profile, profile
+from jaxsys.train import optimizers
 
 _MEET_S = 120.0  # processes with a small share of a core take long to start
 
@@ -122,12 +124,15 @@ def main(spec_file: str) -> None:
             if first:
                 say({"event": "measure", "what": what})
 
+        task = Task(**spec["task"])
         found = profile(
-            set_up(Task(**spec["task"]), spec["seed"]),
+            set_up(task, spec["seed"]),
             spec["micro_batches"],
             transport,
             granularity=spec["granularity"],
             sites=spec["sites"],
+            optimizer=optimizers.PRESETS[task.optimizer](lr=task.lr),
+            throttle=throttle_of(),
             on_event=on_event,
         )
         if found is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxsys.cluster import LinkRate, cpu_shares, most_workers, netlab
+from jaxsys.cluster.throttle import throttled
 from jaxsys.core.errors import UserError
 
 
@@ -40,8 +41,13 @@ class Place:
         where left out.
       clusters: groups of devices that are near each other; all are where left out.
       between: rate of the links between clusters, or one for each after the first.
-      cores: share of a core that each device may use, held by the kernel; all of what there is
-        where left out. A device is bound to one core where the shares fit on the cores.
+      cores: share of a core that each device may use; all of what there is where left out. A
+        device is bound to one core where the shares fit on the cores.
+      shares_by: what holds a device to its share: ``quota`` (the kernel, `cpu_shares`), under
+        which a device that has waited is fast for a moment, or ``throttle`` (the worker itself
+        sleeps in proportion to what it computed, `cluster.throttle`), as a slower device would be.
+      frame_bytes: largest frame on the links. With 1500, as on the internet, the links between
+        clusters let next to nothing pass at once after a pause.
 
     Raises:
       UserError: numbers of rates or shares that are not one for each device, or clusters without a
@@ -56,6 +62,8 @@ class Place:
     clusters: tuple[tuple[int, ...], ...] = ()
     between: tuple[str, ...] = ()
     cores: tuple[float | int, ...] = ()
+    shares_by: str = "quota"
+    frame_bytes: int = 9000
 
     def __post_init__(self):
         """Check what the network and the quotas do not check themselves."""
@@ -67,6 +75,10 @@ class Place:
                     f"{len(getattr(self, name))} values of {name} for {self.devices} devices; "
                     "expected one for each; correct the list"
                 )
+        if self.shares_by not in ("quota", "throttle"):
+            raise UserError(
+                f"shares are held by {self.shares_by!r}; expected quota or throttle; choose one"
+            )
         if self.clusters and not (self.bandwidth and self.between):
             raise UserError(
                 "clusters were given without the rates of links; expected --bandwidth for those "
@@ -100,16 +112,24 @@ class Place:
                 rate = self.bandwidth[0] if len(self.bandwidth) == 1 else self.bandwidth
                 slow = self.between[0] if len(self.between) == 1 else self.between
                 lab = stack.enter_context(
-                    netlab(self.devices, rate, clusters=self.clusters, between=slow or "1gbit")
+                    netlab(
+                        self.devices,
+                        rate,
+                        clusters=self.clusters,
+                        between=slow or "1gbit",
+                        frame_bytes=self.frame_bytes,
+                    )
                 )
                 links, between, hosts = lab.verify(), lab.verify_between(), lab.addresses
                 wraps.append(lab.wrap)
             if self.cores:
-                shares = stack.enter_context(cpu_shares(self.cores))
                 core = _cores(self.cores)
                 if core and shutil.which("taskset"):
                     wraps.append(lambda i, argv: ["taskset", "-c", str(core[i]), *argv])
-                wraps.append(shares.wrap)
+                if self.shares_by == "throttle":
+                    wraps.append(lambda i, argv: throttled(self.cores[i], argv))
+                else:
+                    wraps.append(stack.enter_context(cpu_shares(self.cores)).wrap)
 
             def wrap(i: int, argv: list[str]) -> list[str]:
                 for each in wraps:

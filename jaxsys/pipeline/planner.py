@@ -12,7 +12,7 @@ from jaxsys.core.graph import Dag
 from jaxsys.pipeline.adatopk import adaptive_ratios
 from jaxsys.pipeline.chains import make_chains, pipeline_s, wire_of
 from jaxsys.pipeline.devices import Fleet
-from jaxsys.pipeline.estimate import costs_of
+from jaxsys.pipeline.estimate import NO_OVERHEADS, Overheads, costs_of
 from jaxsys.pipeline.fence import chain_order, communities, op_fence
 from jaxsys.pipeline.memory import ADAM, Limits, held_of, lack_of_memory, stage_memory
 from jaxsys.pipeline.orders import LOCAL_SEARCH, Make, search
@@ -38,7 +38,7 @@ def make_plan(
     adaptive: bool = True,
     devices: Sequence[int] | None = None,
     limits: Limits = ADAM,
-    codec_s_per_byte: float | int = 0.0,
+    overheads: Overheads = NO_OVERHEADS,
     dtype: str = "float32",
     seed: int = 0,
     gap: float | int | None = None,
@@ -68,7 +68,8 @@ def make_plan(
         adaptive: AdaTopK rather than uniform top-k.
         devices: order of devices for all methods but ``search``, which takes it as its start.
         limits: what a stage keeps in memory.
-        codec_s_per_byte: seconds that each end of a compressed message takes per dense byte.
+        overheads: what stages take beside their nodes; they count in ``predicted_s``, not where
+            a partition is chosen.
         dtype: type of the values on the links.
         seed: for communities and search.
         gap: share of T by which ``exact`` may miss the optimum; 1e-9, or 1e-4 above 20,000 devices
@@ -96,7 +97,7 @@ def make_plan(
         return _fastest(
             work, fleet, micro_batches=micro_batches, method=method, chunks=chunks, codec=codec,
             ratio=ratio, adaptive=adaptive, devices=devices, limits=limits, seed=seed, gap=gap,
-            codec_s_per_byte=codec_s_per_byte, dtype=dtype,
+            overheads=overheads, dtype=dtype,
         )  # fmt: skip
     make = partial(
         make_chains, work, fleet, micro_batches=micro_batches, order=order, chunks=chunks,
@@ -118,7 +119,7 @@ def make_plan(
             work.n_nodes, cuts, chosen * chunks, order, micro_batches, codec, there, back,
             memory_bytes=tuple(int(size) for size in memory), method=method,
         )  # fmt: skip
-        costs = costs_of(work, fleet, plan, codec_s_per_byte=codec_s_per_byte, dtype=dtype)
+        costs = costs_of(work, fleet, plan, overheads=overheads, dtype=dtype)
         plans.append(dataclasses.replace(plan, predicted_s=predict_s(plan, costs, fleet)))
     return min(plans, key=lambda plan: plan.predicted_s)
 

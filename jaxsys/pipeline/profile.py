@@ -7,28 +7,45 @@ since each number must belong to one. What is found is what `work_of` and `make_
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Float
 
+from jaxsys.cluster.throttle import FULL_SPEED, Throttle
 from jaxsys.cluster.transport import Transport
 from jaxsys.core.cost import PoorFitError
 from jaxsys.core.graph import Dag, dag
-from jaxsys.core.stages import StagedLoss, cut_at
-from jaxsys.pipeline import codec
+from jaxsys.core.timeline import Timeline
 from jaxsys.pipeline.devices import Device, Fleet
-from jaxsys.pipeline.estimate import fit_speed
+from jaxsys.pipeline.estimate import Overheads, costs_of, fit_speed
 from jaxsys.pipeline.job import Setup
-from jaxsys.pipeline.probe import gather, measure_links
+from jaxsys.pipeline.plan import Plan
+from jaxsys.pipeline.probe import gather, host_s_per_byte, measure_links
+from jaxsys.pipeline.programs import (
+    FEW,
+    MANY,
+    alone_between,
+    codec_programs,
+    middle,
+    node_programs,
+    split_calls,
+    split_encode,
+    stage_programs,
+    time_program,
+    time_programs,
+    update_program,
+)
+from jaxsys.pipeline.timing import predict
 from jaxsys.pipeline.work import Work, work_of
 
-_WINDOW_S = 0.25  # of one timed program: long against the periods of a CPU quota
 _BACKWARD_RATIO = 2.0  # FLOPs of a backward per FLOP of its forward
+_OVERHEADS = 7  # fields of `Overheads` that are measured
+_BESIDE = 2 + _OVERHEADS  # numbers of a device before its nodes' seconds
+_ROUNDS = 4  # of the fixed point in `Profile.predict`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +57,13 @@ class Profile:
       node_s: seconds of each node's forward and backward on a device of `reference_flops_s`, for
         one micro-batch, [N, 2].
       reference_flops_s: that speed.
-      codec_s_per_byte: seconds of encoding or decoding a dense byte by top-k there.
+      overheads: seconds of what stages do beside their nodes there; codecs by top-k.
       notes: what was out of the ordinary, such as times on no line.
+      alone: of each device, its seconds with all others idle over those with all at work, [P]; 1
+        where each has a machine of its own.
 
     >>> fleet = Fleet((Device("w0", 1e9, 1e9),), [[0]], [[1]])
-    >>> profile = Profile(fleet, ((0.1, 0.2),), 1e9, 0.0, ())
+    >>> profile = Profile(fleet, ((0.1, 0.2),), 1e9, Overheads(1e9, 1e-4), ())
     >>> Profile.from_json(profile.to_json()) == profile
     True
     """
@@ -52,8 +71,43 @@ class Profile:
     fleet: Fleet
     node_s: tuple[tuple[float, float], ...]
     reference_flops_s: float
-    codec_s_per_byte: float
+    overheads: Overheads
     notes: tuple[str, ...]
+    alone: tuple[float, ...] = ()
+
+    def predict(self, graph: Dag, plan: Plan) -> Timeline:
+        """Simulate a step, devices that share a machine faster while others idle.
+
+        A device p of which the others are at work for a share ``u_p`` of the step, on average,
+        takes ``1 − (1 − a_p) (1 − u_p)`` of its seconds, with a from `alone`; u is that of the
+        timeline which follows from it, found by repetition. What messages take of a device counts
+        for the share of the step for which it is itself at work; the rest falls into its waiting.
+
+        Reconstruction: ours.
+
+        Args:
+          graph: as for `work`.
+          plan: the plan.
+
+        Returns:
+          The timeline.
+        """
+        work, nothing = self.work(graph), self.overheads._replace(message_s_per_byte=0.0)
+        whole = costs_of(work, self.fleet, plan, overheads=self.overheads)
+        bare = costs_of(work, self.fleet, plan, overheads=nothing)
+        timeline = predict(plan, whole, self.fleet)
+        if whole == bare and min(self.alone, default=1.0) == 1.0:
+            return timeline
+        names = [self.fleet.devices[d].name for d in plan.devices]
+        alone = np.array([self.alone[d] if self.alone else 1.0 for d in plan.devices])
+        for _ in range(_ROUNDS):
+            busy = {n: timeline.busy_s(n) / timeline.makespan_s for n in dict.fromkeys(names)}
+            rest = [[u for n, u in busy.items() if n != name] for name in names]
+            share = np.array([np.mean(each) if each else 0.0 for each in rest])
+            own = np.array([busy[name] for name in names])
+            mixed = whole.mixed(bare, own).scaled(1 - (1 - alone) * (1 - share))
+            timeline = predict(plan, mixed, self.fleet)
+        return timeline
 
     def work(self, graph: Dag) -> Work:
         """Summarise a graph with the measured seconds in place of FLOPs.
@@ -76,17 +130,33 @@ class Profile:
             Fleet.from_json(json.dumps(found["fleet"])),
             tuple((float(f), float(b)) for f, b in found["node_s"]),
             float(found["reference_flops_s"]),
-            float(found["codec_s_per_byte"]),
+            Overheads(*map(float, found["overheads"])),
             tuple(found["notes"]),
+            tuple(map(float, found["alone"])),
         )
 
 
 class Own(NamedTuple):
-    """What one device found out about itself: node seconds [N, 2], bytes, codec seconds a byte."""
+    """What one device found out about itself, in its own seconds.
 
-    node_s: Float[np.ndarray, "N 2"]
+    Attributes:
+      memory_bytes: what a stage may use.
+      alone: seconds with all others idle over those with all at work.
+      overheads: as in `Overheads`, without the speed, [7].
+      node_s: of each node's forward and backward, [N, 2].
+
+    >>> Own(1e9, 1.0, np.zeros(7), np.ones((2, 2))).row().shape
+    (13,)
+    """
+
     memory_bytes: float
-    codec_s_per_byte: float
+    alone: float
+    overheads: Float[np.ndarray, "K"]
+    node_s: Float[np.ndarray, "N 2"]
+
+    def row(self) -> Float[np.ndarray, "M"]:
+        """Lay all numbers in a row."""
+        return np.array([self.memory_bytes, self.alone, *self.overheads, *self.node_s.reshape(-1)])
 
 
 def profile(
@@ -97,6 +167,8 @@ def profile(
     granularity: str = "layer",
     memory_bytes: float | None = None,
     sites: Sequence[int] = (),
+    optimizer: optax.GradientTransformation | None = None,
+    throttle: Throttle = FULL_SPEED,
     on_event: Callable[[str], None] = lambda _: None,
 ) -> Profile | None:
     """Measure this device and its links, together with all others.
@@ -108,6 +180,8 @@ def profile(
       granularity: of the graph's nodes.
       memory_bytes: what a stage may use on this device; what is free, shared evenly, by default.
       sites: of the devices, where all messages between two sites share one link.
+      optimizer: whose update is timed too, if given.
+      throttle: makes this device as slow as the one that it stands for.
       on_event: told what is measured next.
 
     Returns:
@@ -121,17 +195,39 @@ def profile(
     n = len(graph.nodes)
     on_event("compiling")
     programs = node_programs(setup, micro_batches, n, granularity)
+    begin, end = middle(n)
+    (several,) = stage_programs(setup, micro_batches, *alone_between(begin, end, n), granularity)
     largest = max((edge.n_bytes for edge in graph.edges), default=4)
-    coder = _codec_program(largest)
+    few, decode = codec_programs(largest, FEW)
+    many, _ = codec_programs(largest, MANY)
+    update, updated_bytes = update_program(graph, setup, optimizer)
     gather(transport, np.zeros(1), 0)
     on_event("timing the blocks")
-    own = Own(
-        np.array([[_time(forward), _time(backward)] for forward, backward in programs]),
-        memory_bytes or free_bytes(transport.size),
-        _time(coder) / (2 * largest),
+    single = np.array([time_programs(each, throttle) for each in programs])
+    together = np.array(time_programs(several, throttle))
+    call_s, node_s = split_calls(single, together, begin, end)
+    encode_s = [time_program(each, throttle) / largest for each in (few, many)]
+    overheads = np.array(
+        [
+            *call_s,
+            *split_encode(*encode_s),
+            time_program(decode, throttle) / largest,
+            time_program(update, throttle) / updated_bytes,
+            host_s_per_byte(transport, throttle),
+        ]
     )
-    mine = np.array([own.memory_bytes, own.codec_s_per_byte, *own.node_s.reshape(-1)])
-    everyone = gather(transport, mine, 1)
+    alone_s = np.zeros(2)
+    for p in range(transport.size):
+        gather(transport, np.zeros(1), 2 + p)
+        if p == transport.rank:
+            alone_s = np.array(time_programs(several, throttle))
+    own = Own(
+        memory_bytes or free_bytes(transport.size),
+        min(1.0, float(alone_s.sum() / together.sum())),
+        overheads,
+        node_s,
+    )
+    everyone = gather(transport, own.row(), 1)
     latency_s, bytes_per_s, notes = measure_links(transport, on_event)
     if transport.rank != 0:
         return None
@@ -156,8 +252,7 @@ def assemble(
 
     Args:
       graph: of the model.
-      everyone: of each device its memory, its codec's seconds per byte, and forward and backward
-        seconds of the nodes in turn.
+      everyone: of each device what `Own.row` gives.
       latency_s: of the links.
       bytes_per_s: of the links.
       notes: to be kept.
@@ -168,13 +263,13 @@ def assemble(
 
     >>> from jaxsys.core.graph import Node
     >>> graph = Dag((Node("a", 1e6, (), (), 0, 0),), (), (), ())
-    >>> rows = np.array([[1e9, 0.0, 1e-3, 2e-3], [1e9, 0.0, 2e-3, 4e-3]])
-    >>> found = assemble(graph, rows, np.zeros((2, 2)), np.ones((2, 2)))
+    >>> rows = [Own(1e9, 1.0, k * np.ones(7), k * np.array([[1e-3, 2e-3]])).row() for k in (1, 2)]
+    >>> found = assemble(graph, np.array(rows), np.zeros((2, 2)), np.ones((2, 2)))
     >>> found.fleet.speed_flops_s.tolist(), found.node_s
     ([1000000000.0, 500000000.0], ((0.001, 0.002),))
     """
     flops = np.array([node.flops for node in graph.nodes])
-    node_s = everyone[:, 2:].reshape(len(everyone), len(flops), 2)
+    node_s = everyone[:, _BESIDE:].reshape(len(everyone), len(flops), 2)
     total = (1 + _BACKWARD_RATIO) * flops.sum()
     speeds = total / node_s.sum((1, 2))
     reference = float(speeds[0])
@@ -189,7 +284,8 @@ def assemble(
         Device(f"w{p}", float(speed), float(row[0]))
         for p, (speed, row) in enumerate(zip(speeds, everyone, strict=True))
     )
-    codec_s = float(np.median(everyone[:, 1] * speeds / reference))
+    beside = everyone[:, 2:_BESIDE] * (speeds / reference)[:, None]
+    overheads = Overheads(reference, *np.median(beside, axis=0).tolist())
     return Profile(
         Fleet(
             devices,
@@ -199,100 +295,10 @@ def assemble(
         ),
         tuple((float(f), float(b)) for f, b in scaled),
         reference,
-        codec_s,
+        overheads,
         tuple(said),
+        tuple(everyone[:, 1].tolist()),
     )
-
-
-def node_programs(
-    setup: Setup, micro_batches: int, n_nodes: int, granularity: str = "layer"
-) -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Compile every node's forward and backward alone, with arrays to run them on.
-
-    Args:
-      setup: the model.
-      micro_batches: parts that a step's examples are dealt out to.
-      n_nodes: nodes of the graph.
-      granularity: of the graph's nodes.
-
-    Returns:
-      A pair of functions for each node; nodes of one form share theirs.
-
-    >>> node_programs.__name__  # compiles a model: see tests/pipeline/test_profile.py
-    'node_programs'
-    """
-    specs = setup.micro_batch(micro_batches)
-    boundaries = tuple(range(1, n_nodes))
-    staged = cut_at(setup.loss_fn, setup.shapes(), specs, boundaries, granularity=granularity)
-    first = [x[: s.shape[0]] for x, s in zip(
-        jax.tree.leaves(setup.data(0)), jax.tree.leaves(specs), strict=True)]  # fmt: skip
-    leaves = jax.tree.leaves(setup.shapes())
-    known: dict[Any, tuple[Callable[[], Any], Callable[[], Any]]] = {}
-    found = []
-    for stage in staged.stages:
-        values = _values(staged, stage, first, leaves)
-        key = (id(stage.forward), *(x.shape for part in values for x in part))
-        if key not in known:
-            known[key] = _programs(stage, values)
-        found.append(known[key])
-    return found
-
-
-def _values(staged: StagedLoss, stage: Any, first: Sequence[Any], leaves: Sequence[Any]) -> Any:
-    data = dict(zip(staged.data_names, first, strict=True))
-
-    def value(name: int) -> jax.Array:
-        if name in staged.constants or name in data:
-            return jnp.asarray(staged.constants[name] if name in staged.constants else data[name])
-        return _ones(stage.shapes[name])
-
-    return (
-        [_ones(leaves[j]) for j in stage.leaves],
-        [value(name) for name in stage.upstream],
-        [value(name) for name in stage.other],
-    )
-
-
-def _ones(spec: Any) -> jax.Array:
-    # far from 0, where arithmetic on some processors is slow, and small, so that nothing overflows
-    inexact = jnp.issubdtype(spec.dtype, jnp.inexact)
-    return jnp.full(spec.shape, 0.01 if inexact else 0, spec.dtype)
-
-
-def _programs(stage: Any, values: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    outputs, pullback = stage.forward(*values)
-    seeds = [
-        _ones(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
-        for x in outputs
-    ]
-
-    def forward() -> Any:
-        return stage.forward(*values)[0]
-
-    def backward() -> Any:
-        return stage.backward(pullback, seeds)
-
-    jax.block_until_ready(backward())
-    return forward, backward
-
-
-def _codec_program(n_bytes: int) -> Callable[[], Any]:
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(max(n_bytes // 4, 64)), jnp.float32)
-
-    def both_ends() -> Any:
-        return codec.round_trip(x, 16.0, "topk")
-
-    jax.block_until_ready(both_ends())
-    return both_ends
-
-
-def _time(program: Callable[[], Any]) -> float:
-    """Average seconds over a window: under a CPU quota single runs are all or nothing."""
-    start_s, count = time.perf_counter(), 0
-    while count < 3 or time.perf_counter() - start_s < _WINDOW_S:
-        jax.block_until_ready(program())
-        count += 1
-    return (time.perf_counter() - start_s) / count
 
 
 def free_bytes(sharers: int) -> float:

@@ -1,10 +1,8 @@
 """How long a step of a plan takes: simulated task by task, by a closed form, and at the least."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from jaxsys.core.timeline import Task, Timeline, simulate
+from jaxsys.core.timeline import Task, Timeline, simulate, simulate_shared
 from jaxsys.pipeline.devices import Fleet
 from jaxsys.pipeline.estimate import Costs, Message
 from jaxsys.pipeline.plan import Plan
@@ -25,8 +23,7 @@ def tasks(
 
     A device runs its actions in their order (`schedule.actions`). A message starts when the action
     that makes it has ended and its link is free, and the action that needs it waits for its end.
-    Where the fleet names sites, all messages from one site to another share one stream, in the
-    order in which they would be ready if they did not.
+    Where the fleet names sites, `predict` lets the links from one site to another share one.
 
     Args:
         plan: the plan; its first chain.
@@ -36,7 +33,8 @@ def tasks(
 
     Returns:
         Tasks ``forward s.i``, ``backward s.i`` and ``weight s.i`` of stage s and micro-batch i on
-        the devices, ``send s-t.i`` (activations) and ``return s-t.i`` (cotangents) on the links.
+        the devices, ``send s-t.i`` (activations) and ``return s-t.i`` (cotangents) on the links;
+        ``update s`` last where the costs have it.
 
     >>> costs = Costs((1.0, 1.0), (2.0, 2.0), (Message(0, 1, 8, 8, 0.5, 0.5),), (0, 1))
     >>> found = tasks(Plan(2, (1,), (0, 1), micro_batches=2), costs)
@@ -74,7 +72,13 @@ def tasks(
                 link = " → ".join(_device(fleet, plan.devices[t]) for t in ends)
                 taken = m.forward_s if kind == "forward" else m.backward_s
                 found.append(Task(_message_name(kind, m, i), link, taken, (f"{kind} {s}.{i}",)))
-    return _shared(found, plan, fleet) if fleet is not None and fleet.sites else tuple(found)
+        if costs.update_s:
+            found += [Task(f"update {s}", name, costs.update_s[s]) for s in _own(plan, worker)]
+    return tuple(found)
+
+
+def _own(plan: Plan, worker: int) -> range:
+    return range(worker, plan.n_stages, plan.n_workers)
 
 
 def _device(fleet: Fleet | None, index: int) -> str:
@@ -86,20 +90,29 @@ def _message_name(kind: str, message: Message, i: int) -> str:
     return f"{word} {message.source}-{message.target}.{i}"
 
 
-def _shared(found: Sequence[Task], plan: Plan, fleet: Fleet) -> tuple[Task, ...]:
-    """Put messages between two sites on one stream, in the order in which they become ready."""
-    site = {fleet.devices[d].name: fleet.sites[d] for d in plan.devices}
-    ready = {span.name: span.end_s for span in simulate(found).spans}
-    local, far = [], []
-    for task in found:
-        p, _, q = task.stream.partition(" → ")
-        if not q or site[p] == site[q]:
-            local.append(task)
-            continue
-        link = f"site {site[p]} → site {site[q]}"
-        far.append(Task(task.name, link, task.duration_s, task.after))
-    far.sort(key=lambda task: ready[task.after[0]])
-    return (*local, *far)
+def shared_links(plan: Plan, fleet: Fleet | None) -> dict[str, str]:
+    """Say which links of a plan are one: those from one site to another.
+
+    Args:
+        plan: the plan.
+        fleet: with its sites, if it has any.
+
+    Returns:
+        Stream of a pair of devices, as in `tasks`, to that of their sites.
+
+    >>> from jaxsys.pipeline.fleets import even_fleet
+    >>> shared_links(Plan(2, (1,), (0, 1)), even_fleet([1, 1]))
+    {}
+    """
+    if fleet is None or not fleet.sites:
+        return {}
+    pairs = [(p, q) for p in plan.devices for q in plan.devices if fleet.sites[p] != fleet.sites[q]]
+    return {
+        f"{_device(fleet, p)} → {_device(fleet, q)}": (
+            f"site {fleet.sites[p]} → site {fleet.sites[q]}"
+        )
+        for p, q in pairs
+    }
 
 
 def predict(
@@ -110,6 +123,8 @@ def predict(
     weight_share: float | int = WEIGHT_SHARE,
 ) -> Timeline:
     """Simulate one step of a plan; see `tasks`.
+
+    Messages between two sites share their link evenly, as their connections do.
 
     Args:
         plan: the plan.
@@ -124,7 +139,8 @@ def predict(
     >>> predict(Plan(2, (1,), (0, 1), micro_batches=1), costs).makespan_s
     7.0
     """
-    return simulate(tasks(plan, costs, fleet, weight_share=weight_share))
+    found, links = tasks(plan, costs, fleet, weight_share=weight_share), shared_links(plan, fleet)
+    return simulate_shared(found, links) if links else simulate(found)
 
 
 def predict_s(plan: Plan, costs: Costs, fleet: Fleet | None = None) -> float:

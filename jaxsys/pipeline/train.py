@@ -1,7 +1,6 @@
 """Train a task over a fleet, from nothing: measure, plan, start the workers, follow them."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +9,14 @@ import numpy as np
 
 from jaxsys.cluster import join, leave
 from jaxsys.cluster.sockets import connect
+from jaxsys.cluster.throttle import throttle_of
 from jaxsys.cluster.transport import PeerLost, Transport
 from jaxsys.core.errors import UserError
 from jaxsys.core.graph import dag
 from jaxsys.core.report import atomic_write
 from jaxsys.pipeline.choice import Choice, planner_of
 from jaxsys.pipeline.devices import Fleet
+from jaxsys.pipeline.estimate import NO_OVERHEADS, Overheads
 from jaxsys.pipeline.faults import Outcome, supervise
 from jaxsys.pipeline.fleets import internet_fleet, paper_fleet
 from jaxsys.pipeline.job import Job, Task, set_up
@@ -25,7 +26,7 @@ from jaxsys.pipeline.plan import Plan
 from jaxsys.pipeline.profile import Profile, profile
 from jaxsys.pipeline.renumbered import Renumbered
 from jaxsys.pipeline.work import Work, work_of
-from jaxsys.train import NonFiniteError
+from jaxsys.train import NonFiniteError, optimizers
 
 Tell = Callable[[dict[str, Any]], None]
 _SYNTHETIC = {"paper": paper_fleet, "internet": lambda seed: internet_fleet(1000, seed)}
@@ -39,7 +40,7 @@ class Costs(NamedTuple):
     Attributes:
       work: costs of the model's graph.
       fleet: the devices.
-      codec_s_per_byte: seconds of encoding or decoding a dense byte.
+      overheads: seconds of what stages do beside their nodes.
       source: where they come from, in words.
       notes: what was out of the ordinary when they were measured.
 
@@ -49,7 +50,7 @@ class Costs(NamedTuple):
 
     work: Work
     fleet: Fleet
-    codec_s_per_byte: float
+    overheads: Overheads
     source: str
     notes: tuple[str, ...] = ()
 
@@ -101,7 +102,7 @@ def known_fleet(task: Task, choice: Choice, fleet: str | Path, seed: int = 0) ->
     setup = set_up(task, seed)
     graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(choice.micro_batches))
     if str(fleet) in _SYNTHETIC:
-        return Costs(work_of(graph), _SYNTHETIC[str(fleet)](seed), 0.0, "modelled")
+        return Costs(work_of(graph), _SYNTHETIC[str(fleet)](seed), NO_OVERHEADS, "modelled")
     try:
         text = Path(fleet).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,7 +111,9 @@ def known_fleet(task: Task, choice: Choice, fleet: str | Path, seed: int = 0) ->
             "fleet.json, or one of paper and internet; correct the path"
         ) from error
     if '"node_s"' not in text:
-        return Costs(work_of(graph), Fleet.from_json(text, symmetric=True), 0.0, "modelled")
+        return Costs(
+            work_of(graph), Fleet.from_json(text, symmetric=True), NO_OVERHEADS, "modelled"
+        )
     found = Profile.from_json(text)
     if len(found.node_s) != len(graph.nodes):
         raise UserError(
@@ -122,7 +125,7 @@ def known_fleet(task: Task, choice: Choice, fleet: str | Path, seed: int = 0) ->
 
 def _costs(found: Profile, work: Work) -> Costs:
     source = "from measured times"
-    return Costs(work, found.fleet, found.codec_s_per_byte, source, found.notes)
+    return Costs(work, found.fleet, found.overheads, source, found.notes)
 
 
 def measured_fleet(
@@ -229,7 +232,7 @@ def train(request: Request, place: Place, tell: Tell, log: Any = None) -> dict[s
             )
         planner = planner_of(
             costs.work, choice, optimizer=task.optimizer,
-            codec_s_per_byte=costs.codec_s_per_byte, seed=request.seed,
+            overheads=costs.overheads, seed=request.seed,
         )  # fmt: skip
         active = range(place.devices - request.standby)
         if request.plan is None:
@@ -286,19 +289,6 @@ def _result(outcome: Outcome, first: Plan, request: Request) -> dict[str, Any]:
         "changed_plan": outcome.plan != first,
         "out": request.out,
     }
-
-
-def launched(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is one of several that a launcher started.
-
-    Args:
-      environ: environment variables.
-
-    >>> launched({"JAXSYS_NUM_PROCESSES": "2"}), launched({})
-    (True, False)
-    """
-    names = ("JAXSYS_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    return any(int(environ.get(name) or 1) > 1 for name in names)
 
 
 def train_joined(request: Request, tell: Tell) -> dict[str, Any] | None:
@@ -358,7 +348,8 @@ def _agree(request: Request, transport: Transport, tell: Tell) -> Plan:
     found = None
     if request.fleet is None and request.plan is None:
         found = profile(
-            setup, choice.micro_batches, transport,
+            setup, choice.micro_batches, transport, throttle=throttle_of(),
+            optimizer=optimizers.PRESETS[request.task.optimizer](lr=request.task.lr),
             on_event=lambda what: tell({"event": "measure", "what": what}),
         )  # fmt: skip
     if transport.rank == 0:
@@ -376,9 +367,9 @@ def _agree(request: Request, transport: Transport, tell: Tell) -> Plan:
             all_in = dataclasses.replace(
                 choice, method="exact" if choice.method == "search" else choice.method
             )
-            plan = planner_of(costs.work, all_in, optimizer=request.task.optimizer).make(
-                costs.fleet
-            )
+            plan = planner_of(
+                costs.work, all_in, optimizer=request.task.optimizer, overheads=costs.overheads
+            ).make(costs.fleet)
         if sorted(Job(request.task, plan, 1).ranks) != list(range(size)):
             raise UserError(
                 f"the plan uses devices {list(plan.devices)} and {size} processes were started; "

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.cluster.throttle import Throttle
 from jaxsys.cluster.transport import Key, Transport
 from jaxsys.core.split import SplitBackward, split_backward
 from jaxsys.core.stages import StagedLoss
@@ -80,6 +81,7 @@ class Part(NamedTuple):
         loss_stage: stage that makes the loss.
         error_feedback: whether cotangents carry over what compression took.
         splits: stage to its backward in two programs, once made.
+        throttle: makes this worker as slow as the device that it stands for.
 
     >>> Part._fields[:3]
     ('staged', 'plan', 'transport')
@@ -98,12 +100,15 @@ class Part(NamedTuple):
     loss_stage: int
     error_feedback: bool
     splits: dict[int, SplitBackward]
+    throttle: Throttle
 
 
 class _Clock:
     """Times of one step, each from the end of the one before."""
 
-    def __init__(self) -> None:
+    def __init__(self, throttle: Throttle) -> None:
+        self.throttle = throttle
+        throttle.begin()
         self.began = self.last = time.perf_counter()
         self.busy_s = self.wait_s = 0.0
         self.spans: list[Span] = []
@@ -113,11 +118,13 @@ class _Clock:
         self.spans.append(Span(name, f"stage {stage}", self.last - self.began, now - self.began))
         self.busy_s += now - self.last
         self.last = now
+        self.throttle.begin()
 
     def waited(self) -> None:
         now = time.perf_counter()
         self.wait_s += now - self.last
         self.last = now
+        self.throttle.begin()
 
 
 class Turn:
@@ -142,7 +149,7 @@ class Turn:
         self.leaves = {j: state.params[path] for j, path in part.paths.items()}
         self.residuals, self.number = dict(state.residuals), state.step
         self.batches = batches
-        self.clock = _Clock()
+        self.clock = _Clock(part.throttle)
         self.before = dict(part.transport.sent_bytes)
         self.local: dict[Key, list[Any]] = {}  # between stages of this worker
         self.pullbacks: dict[tuple[int, int], Any] = {}
@@ -192,17 +199,28 @@ class Turn:
         for v, x in zip(names, found, strict=True):
             slot = f"{route.target}.{route.source}.{v}" if feedback else None
             parts += self.encode(x, ratio, slot)
-        self.part.transport.send(to, key, parts)
+        self.send(to, key, parts)
         return parts
+
+    def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
+        """Hand a message over, not before a slower device would have made it."""
+        if self.part.throttle.share < 1:
+            jax.block_until_ready(arrays)
+            self.part.throttle.pay()
+        self.part.transport.send(to, key, arrays)
+
+    def done(self, name: str, s: int, arrays: Any) -> None:
+        """Wait for what stage s made, as long as a slower device would take, and note the time."""
+        jax.block_until_ready(arrays)
+        self.part.throttle.pay()
+        self.clock.worked(name, s)
 
     def encode(self, x: Any, ratio: float, slot: str | None) -> tuple[Any, ...]:
         """Encode a value, with error feedback where it has a slot and loses anything."""
-        how = codec.form(x.shape, x.dtype, ratio, self.plan.codec)
-        if slot is None or how.kind == "dense":
+        kind = codec.form(x.shape, x.dtype, ratio, self.plan.codec).kind
+        if slot is None or kind == "dense":
             return codec.encode(x, ratio, self.plan.codec)
-        residual = self.residuals.get(slot)
-        if residual is None:
-            residual = jnp.zeros_like(x)
+        residual = self.residuals[slot] if slot in self.residuals else jnp.zeros_like(x)
         parts, self.residuals[slot] = codec.feedback(x, residual, ratio, self.plan.codec)
         return parts
 
@@ -250,8 +268,7 @@ class Turn:
         if s == self.part.loss_stage:
             self.losses[i] = values[self.staged.loss_name]
         self.pullbacks[s, i] = pullback
-        jax.block_until_ready((outs, sent))
-        self.clock.worked(f"forward {i}", s)
+        self.done(f"forward {i}", s, (outs, sent))
 
     def backward(self, s: int, i: int) -> Run:
         """Run stage s backward; under ``zero-bubble`` as far as the cotangents of its inputs."""
@@ -276,19 +293,17 @@ class Turn:
             done = self._accumulate(s, leaf_grads)
         values = dict(zip(stage.upstream, upstream, strict=True))
         sent = [self.post(r, True, i, values) for r in self.part.routes_in[s] if r.returned]
-        jax.block_until_ready((done, upstream, sent))
-        self.clock.worked(f"backward {i}", s)
+        self.done(f"backward {i}", s, (done, upstream, sent))
 
     def weight(self, s: int, i: int) -> Run:
         """Make the gradients of stage s that its backward left for later."""
         leaf_grads = self.part.splits[s].weights(self.rests.pop((s, i)))
-        jax.block_until_ready(self._accumulate(s, leaf_grads))
-        self.clock.worked(f"weight {i}", s)
+        self.done(f"weight {i}", s, self._accumulate(s, leaf_grads))
         yield from ()
 
     def _accumulate(self, s: int, grads: Iterable[Any]) -> list[Any]:
         before = self.grads.get(s)
-        self.grads[s] = list(grads) if before is None else _add(before, list(grads))
+        self.grads[s] = list(grads) if before is None else added(before, list(grads))
         return self.grads[s]
 
     # What follows the last action.
@@ -310,7 +325,7 @@ class Turn:
             sent[j] = self.encode(grads[j], ratio, slot)
             for other in self._sharers(stages):
                 key = (SHARED, self.number, j, self.part.worker, other)
-                self.part.transport.send(self._rank(other), key, sent[j])
+                self.send(self._rank(other), key, sent[j])
         for j, stages in self.part.shared.items():
             like = grads[j]
             how = (messages.shared_ratio(self.plan, stages), self.plan.codec)
@@ -339,7 +354,7 @@ class Turn:
         ranks = [r * self.plan.n_workers + self.part.worker for r in range(n)]
 
         def send(phase: int, r: int, x: Any) -> None:
-            self.part.transport.send(ranks[r], (MEAN, self.number, phase, me, r), [x])
+            self.send(ranks[r], (MEAN, self.number, phase, me, r), [x])
 
         def receive(phase: int, r: int) -> Run:
             return self.receive(ranks[r], (MEAN, self.number, phase, r, me), [row])
@@ -391,7 +406,12 @@ class Turn:
 
 
 @jax.jit
-def _add(a: list[Any], b: list[Any]) -> list[Any]:
+def added(a: list[Any], b: list[Any]) -> list[Any]:
+    """Add gradients to those of earlier micro-batches.
+
+    >>> [x.tolist() for x in added([jnp.ones(2)], [jnp.arange(2.0)])]
+    [[1.0, 2.0]]
+    """
     return [x + y for x, y in zip(a, b, strict=True)]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxsys.cluster import Membership, join, leave
 from jaxsys.cluster.events import say, say_mistake
 from jaxsys.cluster.sockets import Sockets, connect
+from jaxsys.cluster.throttle import throttle_of
 from jaxsys.cluster.transport import PeerLost, Transport
 from jaxsys.core import tree
 from jaxsys.core.errors import UserError
@@ -119,7 +120,8 @@ def make_worker(job: Job, setup: Setup, transport: Transport) -> Worker:
     data = setup.micro_batch(len(plan.chains) * plan.micro_batches)
     staged = cut_at(setup.loss_fn, shapes, data, plan.boundaries, remat=job.remat)
     optimizer = optimizers.PRESETS[job.task.optimizer](lr=job.task.lr)
-    return Worker(staged, plan, transport, optimizer, shapes, error_feedback=job.error_feedback)
+    return Worker(staged, plan, transport, optimizer, shapes, error_feedback=job.error_feedback,
+                  throttle=throttle_of())  # fmt: skip
 
 
 def own_leaves(init: Callable[[Any], Any], paths: Collection[str], seed: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.timeline import Span, Task, Timeline, gantt, simulate
+from jaxsys.core.timeline import Span, Task, Timeline, gantt, simulate, simulate_shared
 
 
 @st.composite
@@ -71,6 +71,28 @@ def test_simulation_equals_a_stepped_clock_and_obeys_its_laws(fields):
         length = by_name[path[0]].release_s + sum(by_name[name].duration_s for name in path)
         assert length == timeline.makespan_s
         assert start[path[0]] == by_name[path[0]].release_s
+
+
+@settings(max_examples=100, deadline=None)
+@given(task_fields())
+def test_streams_that_share_nothing_run_as_before_and_sharing_only_delays(fields):
+    tasks = [Task(*values) for values in fields]
+    alone = simulate(tasks)
+    assert simulate_shared(tasks, {}).spans == alone.spans
+    shared = simulate_shared(tasks, {"x": "link", "y": "link"})
+    both = sum(task.duration_s for task in tasks if task.stream in "xy")
+    assert shared.makespan_s >= max(alone.makespan_s, both) - 1e-9
+    for task in tasks:
+        begin = shared.start_s[task.name]
+        assert begin >= max([task.release_s, *(shared.end_s[name] for name in task.after)]) - 1e-9
+        assert shared.end_s[task.name] - begin >= task.duration_s - 1e-9
+
+
+def test_connections_share_a_link_evenly_whenever_both_have_work():
+    tasks = [Task("a", "x", 2.0), Task("b", "y", 2.0, release_s=1.0), Task("c", "y", 1.0)]
+    timeline = simulate_shared(tasks, {"x": "link", "y": "link"})
+    # a alone until 1, beside b until 3; then the rest of b, then c
+    assert timeline.end_s == {"a": 3.0, "b": 4.0, "c": 5.0}
 
 
 def test_a_predecessor_may_stand_later_in_the_list():

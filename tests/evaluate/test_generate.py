@@ -146,9 +146,10 @@ def test_prompts_of_any_shape_share_programs(toy):
 
 
 def test_cache_is_donated(llama):
-    from jaxsys.evaluate.generate import _begin, _decode, _row_keys
+    from jaxsys.evaluate.generate import _begin, _decode
+    from jaxsys.evaluate.rows import row_keys
 
-    keys = _row_keys(jax.random.key(0), 1)
+    keys = row_keys(jax.random.key(0), 1)
     state, _ = _begin(llama, [np.array([1, 2], np.int32)], 4, Sampling(), keys)
     _decode(llama.apply, llama.head, Sampling(), 1, llama.params, state, keys)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))

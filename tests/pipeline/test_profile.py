@@ -4,16 +4,18 @@ import threading
 import time
 
 import numpy as np
+import optax
 import pytest
 
 from jaxsys.cluster.transport import in_memory, message_bytes
-from jaxsys.core.graph import Dag, Node, dag
-from jaxsys.pipeline import probe
+from jaxsys.core.graph import Dag, Edge, Node, dag
+from jaxsys.pipeline import probe, programs
 from jaxsys.pipeline import profile as profiles
 from jaxsys.pipeline.devices import Device, Fleet
+from jaxsys.pipeline.estimate import Overheads
 from jaxsys.pipeline.job import Task, set_up
 from jaxsys.pipeline.planner import make_plan
-from jaxsys.pipeline.profile import Profile, assemble
+from jaxsys.pipeline.profile import Own, Profile, assemble
 
 
 class _Slow:
@@ -68,13 +70,18 @@ def _graph(flops):
 def test_speeds_and_node_times_that_flops_explain_are_found_exactly():
     flops, speeds = np.array([1e6, 2e6, 4e6, 8e6]), np.array([1e9, 4e9, 5e8])
     rows = [
-        [1e9, 1e-9 * 1e9 / s, *np.stack([flops / s, 2 * flops / s], axis=1).reshape(-1)]
+        Own(
+            1e9,
+            0.9,
+            np.arange(1.0, 8.0) * 1e-9 * 1e9 / s,
+            np.stack([flops / s, 2 * flops / s], axis=1),
+        ).row()
         for s in speeds
     ]
     found = assemble(_graph(flops), np.array(rows), np.zeros((3, 3)), np.ones((3, 3)))
     np.testing.assert_allclose(found.fleet.speed_flops_s, speeds)
     np.testing.assert_allclose(found.node_s, np.stack([flops, 2 * flops], axis=1) / 1e9)
-    assert found.codec_s_per_byte == pytest.approx(1e-9)
+    assert found.overheads == pytest.approx([1e9, *(np.arange(1.0, 8.0) * 1e-9)])
     assert "r² 1.000" in found.notes[0]
     work = found.work(_graph(flops))
     np.testing.assert_allclose(np.diff(work.total), 3 * flops)
@@ -83,7 +90,8 @@ def test_speeds_and_node_times_that_flops_explain_are_found_exactly():
 def test_node_times_that_flops_do_not_explain_are_kept_and_said():
     """A device's total is predicted exactly whatever its nodes take each."""
     flops = np.array([1e6, 1e6, 1e6])
-    rows = np.array([[1.0, 0.0, 1, 2, 9, 2, 1, 5], [1.0, 0.0, 2, 4, 18, 4, 2, 10]])
+    node_s = np.array([[1.0, 2], [9, 2], [1, 5]])
+    rows = np.array([Own(1.0, 1.0, np.zeros(7), k * node_s).row() for k in (1, 2)])
     found = assemble(_graph(flops), rows, np.zeros((2, 2)), np.ones((2, 2)), ["kept"])
     assert found.notes[0] == "kept"
     assert "do not explain" in found.notes[1]
@@ -91,23 +99,46 @@ def test_node_times_that_flops_do_not_explain_are_kept_and_said():
     np.testing.assert_allclose(total / found.fleet.speed_flops_s, [20, 40])
 
 
+def test_devices_of_one_machine_are_faster_while_others_idle():
+    """Two stages and one micro-batch: each device is at work while the other is not."""
+    fleet = Fleet(
+        (Device("a", 1.0, 1e9), Device("b", 1.0, 1e9)), np.zeros((2, 2)), np.full((2, 2), 1e12)
+    )
+    graph = _graph([1.0, 1.0])._replace(edges=(Edge(0, 1, 4, 0),))
+    plan = make_plan(graph, fleet, micro_batches=1, method="equal-number")
+    node_s = ((1.0, 2.0), (1.0, 2.0))
+    apart = Profile(fleet, node_s, 1.0, Overheads(), (), (1.0, 1.0)).predict(graph, plan)
+    shared = Profile(fleet, node_s, 1.0, Overheads(), (), (0.8, 0.8)).predict(graph, plan)
+    assert apart.makespan_s == pytest.approx(6.0)
+    assert shared.makespan_s == pytest.approx(6.0 * (1 - 0.2 * 0.5))  # each is idle half the time
+
+
 def test_a_profile_is_read_back():
     fleet = Fleet(
         (Device("w0", 1e9, 1e9), Device("w1", 2e9, 1e9)), np.zeros((2, 2)), np.ones((2, 2))
     )
-    profile = Profile(fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, 1e-9, ("a note",))
+    profile = Profile(
+        fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, Overheads(1e9, *[1e-9] * 7), ("kept",), (1.0, 0.9)
+    )
     assert Profile.from_json(profile.to_json()) == profile
 
 
 def test_a_model_is_profiled_in_one_process(monkeypatch):
     """All nodes get times, nodes of one form the same programs, and a plan can be made of it."""
-    monkeypatch.setattr(profiles, "_WINDOW_S", 0.0)
+    monkeypatch.setattr(programs, "_WINDOW_S", 0.0)
     setup = set_up(Task(blocks=2, width=8, heads=2, length=4, batch=2))
-    found = profiles.profile(setup, 2, in_memory(1)[0], memory_bytes=1e9)
+    found = profiles.profile(setup, 2, in_memory(1)[0], memory_bytes=1e9, optimizer=optax.sgd(0.1))
     graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(2))
     assert len(found.node_s) == len(graph.nodes)
     assert np.all(np.array(found.node_s) > 0)
     plan = make_plan(found.work(graph), found.fleet, micro_batches=2, method="exact")
     assert plan.predicted_s == pytest.approx(2 * np.array(found.node_s).sum())
-    programs = profiles.node_programs(setup, 2, len(graph.nodes))
-    assert len({id(forward) for forward, _ in programs}) < len(programs)
+    beside = make_plan(
+        found.work(graph), found.fleet, micro_batches=2, method="exact", overheads=found.overheads
+    )
+    calls = found.overheads.forward_call_s + found.overheads.backward_call_s
+    update = found.overheads.update_s_per_byte * sum(graph.leaf_bytes)
+    assert update > 0
+    assert beside.predicted_s == pytest.approx(plan.predicted_s + 2 * calls + update)
+    every = programs.node_programs(setup, 2, len(graph.nodes))
+    assert len({id(forward) for forward, _ in every}) < len(every)

@@ -330,14 +330,49 @@ def half_block(
     >>> half_block(layer(params, config, 0), config, 0, x)[1].shape
     (2, 5, 32)
     """
+    return half_step(layer_params, config, i, x)[:2]
+
+
+def half_step(
+    layer_params: Params,
+    config: LMConfig,
+    i: int,
+    x: Float[Array, "B T D"],
+    store: tuple[Array, Array] | None = None,
+    start: Integer[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], tuple[Array, Array] | None]:
+    """Run block i up to its feed-forward part, as `half_block`, with a cache.
+
+    Args:
+        layer_params: from `layer`; the feed-forward part may be missing.
+        config: the model.
+        i: the block's index.
+        x: residual stream before the block.
+        store: this layer's keys and values in a cache, [B, K, S, C] each.
+        start: filled slots of each row, with a store.
+
+    Returns:
+        x and h, as from `half_block`, and the store after writing.
+
+    Raises:
+        UserError: as `half_block`.
+
+    >>> from jaxsys.models.lm.init import init
+    >>> config = LMConfig("llama", 97, 32, 1, 4, 2, 8, 48, 64)
+    >>> params, store = init(jax.random.key(0), config), (jnp.zeros((1, 2, 6, 8)),) * 2
+    >>> x, own = jnp.ones((1, 1, 32)), layer(params, config, 0)
+    >>> half_step(own, config, 0, x, store, jnp.array([3]))[2][0].shape
+    (1, 2, 6, 8)
+    """
     if not config.pre_norm:
         raise UserError(
             f"a {config.model_type} model normalises what its blocks have written; expected a "
             "family that normalises what they read; choose another model"
         )
-    where = place(config, _positions(x[..., 0], None, None), window=config.window(i))
-    x, h, _ = _attended(layer_params, config, x, where, None, Probe((), ()))
-    return x, h
+    slots = store[0].shape[2] if store else None
+    positions = _positions(x[..., 0], start, None)
+    where = place(config, positions, window=config.window(i), slots=slots, start=start)
+    return _attended(layer_params, config, x, where, store, Probe((), ()))
 
 
 def head(
