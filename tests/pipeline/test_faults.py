@@ -51,7 +51,9 @@ for step in range(first, job["steps"]):
         say(event="step", step=step, loss=100.0 - step, step_s=0.02)
         if (step + 1) % 2 == 0:
             time.sleep(0.02)
-            saved.write_text(str(step))
+            part = out / "saved.part"  # whole or not at all: a launcher may end us between the two
+            part.write_text(str(step))
+            part.replace(saved)
             say(event="saved", step=step)
 """
 
