@@ -27,6 +27,7 @@ GROUPS = {
     "pipeline": "training over unequal devices and slow links: plan, train",
     "ground": "which of several 3D objects a description means: prepare, train, evaluate",
     "offload": "inference with CPU and accelerator: plan, generate",
+    "bench": "where the time goes: train, finetune, serve, modules, ops, comm, static, report",
     "launch": "run any command in N local processes, or join a multi-host job",
     "doctor": "say what this machine can do, and how to get the rest",
 }
