@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsys.core.errors import UserError
+from jaxsys.models.encoder import unit
 from jaxsys.models.lm.moe import soft_top_k
 from jaxsys.moe.contract import Dims, Gate, TokenChoice
 
@@ -61,15 +62,6 @@ def linear_init(key: jax.Array, rows: int, width: int) -> Float[Array, "rows wid
     (4, 16)
     """
     return jax.random.normal(key, (rows, width)) / math.sqrt(width)
-
-
-def unit(x: Float[Array, "... P"]) -> Float[Array, "... P"]:
-    """Scale vectors to length one; zero stays zero, with a gradient of zero.
-
-    >>> unit(jnp.array([3.0, 0.0, 4.0]) * 2)[1].item()
-    0.0
-    """
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def noisy_top_k(k: int, over: Literal["chosen", "all"] = "chosen") -> Gate:

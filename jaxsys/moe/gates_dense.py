@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsys.core.errors import UserError
+from jaxsys.models.encoder import unit
 from jaxsys.moe.contract import Dims, ExpertChoice, Gate, Mixing
-from jaxsys.moe.gates import linear_init, rows_of, scores_of, unit
+from jaxsys.moe.gates import linear_init, rows_of, scores_of
 
 
 def expert_choice(factor: float | int, over: Literal["experts", "tokens"] = "experts") -> Gate:
