@@ -62,12 +62,14 @@ def place(
         start = jnp.zeros(1, jnp.int32)
     queries = start[:, None] + jnp.arange(n_tokens)[None]
     keys = jnp.arange(n_tokens if slots is None else slots)
-    keep = keys[None, None] <= queries[:, :, None]
-    if window:
-        keep &= keys[None, None] > queries[:, :, None] - window
-    if mask is not None and slots is None:
-        keep = keep & mask[:, None]
-    cos, sin = angles(config.rope, positions) if config.rope else (None, None)
+    with jax.named_scope("scores"):
+        keep = keys[None, None] <= queries[:, :, None]
+        if window:
+            keep &= keys[None, None] > queries[:, :, None] - window
+        if mask is not None and slots is None:
+            keep = keep & mask[:, None]
+    with jax.named_scope("rope"):
+        cos, sin = angles(config.rope, positions) if config.rope else (None, None)
     start = jnp.broadcast_to(start, (batch,))
     return Place(start, jnp.broadcast_to(keep, (batch, *keep.shape[1:])), cos, sin)
 
@@ -109,8 +111,9 @@ def attention(
     if config.rope is not None:
         assert where.cos is not None
         assert where.sin is not None
-        q = turn(config.rope, q, where.cos, where.sin)
-        k = turn(config.rope, k, where.cos, where.sin)
+        with jax.named_scope("rope"):
+            q = turn(config.rope, q, where.cos, where.sin)
+            k = turn(config.rope, k, where.cos, where.sin)
     if store is None:
         keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     else:
@@ -118,7 +121,8 @@ def attention(
         keys, values = store
     mixed = attend(q, keys, values, where.keep)
     mixed = probe(f"{layout.out}:in", mixed.reshape(*x.shape[:2], -1))
-    out = linear(subtree(params, layout.out), mixed, in_out=layout.in_out)
+    with jax.named_scope("output"):
+        out = linear(subtree(params, layout.out), mixed, in_out=layout.in_out)
     out = probe(f"{layout.attention}:out", probe(f"{layout.out}:out", out))
     return out, store
 
@@ -127,7 +131,8 @@ def _project(
     params: Mapping[str, Any], config: LMConfig, layout: Layout, x: Array, probe: Probe
 ) -> tuple[Array, Array, Array]:
     def project(path: str) -> Array:
-        y = linear(subtree(params, path), probe(f"{path}:in", x), in_out=layout.in_out)
+        with jax.named_scope("qkv"):
+            y = linear(subtree(params, path), probe(f"{path}:in", x), in_out=layout.in_out)
         return probe(f"{path}:out", y)
 
     def split(y: Array, heads: int) -> Array:
@@ -175,13 +180,16 @@ def attend(
     b, t, h, c = q.shape
     k = keys.shape[1]
     group = h // k
-    # Heads that share keys become rows of one product per key head.
-    q = q.reshape(b, t, k, group, c).transpose(0, 2, 3, 1, 4).reshape(b, k, group * t, c)
-    q = q * jnp.asarray(c**-0.5, q.dtype)
     f32 = jnp.float32
-    scores = jnp.einsum("bkrc,bksc->bkrs", q, keys.astype(q.dtype), preferred_element_type=f32)
-    scores = scores.reshape(b, k, group, t, -1)
-    scores = jnp.where(keep[:, None, None], scores, jnp.finfo(f32).min)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, group * t, -1)
-    mixed = jnp.einsum("bkrs,bksc->bkrc", weights.astype(q.dtype), values.astype(q.dtype))
-    return mixed.reshape(b, k, group, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+    with jax.named_scope("scores"):
+        # Heads that share keys become rows of one product per key head.
+        q = q.reshape(b, t, k, group, c).transpose(0, 2, 3, 1, 4).reshape(b, k, group * t, c)
+        q = q * jnp.asarray(c**-0.5, q.dtype)
+        scores = jnp.einsum("bkrc,bksc->bkrs", q, keys.astype(q.dtype), preferred_element_type=f32)
+        scores = scores.reshape(b, k, group, t, -1)
+        scores = jnp.where(keep[:, None, None], scores, jnp.finfo(f32).min)
+    with jax.named_scope("softmax"):
+        weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, group * t, -1)
+    with jax.named_scope("values"):
+        mixed = jnp.einsum("bkrs,bksc->bkrc", weights.astype(q.dtype), values.astype(q.dtype))
+        return mixed.reshape(b, k, group, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)

@@ -168,13 +168,14 @@ def embed(
     layout, probe = layout_of(config), probe or Probe((), ())
     base = subtree(params, config.prefix)
     name = join(config.prefix, layout.embed)
-    x = probe(f"{name}:out", rows_of(subtree(base, layout.embed)["weight"], tokens))
-    if config.embed_width:
-        x = _watched(base, config.prefix, layout.project_in, x, probe)
-    if config.rope is None:
-        positions = _positions(tokens, None, None) if positions is None else positions
-        table = subtree(base, layout.positions)["weight"]
-        x = x + table[positions + layout.position_offset]
+    with jax.named_scope("embedding"):
+        x = probe(f"{name}:out", rows_of(subtree(base, layout.embed)["weight"], tokens))
+        if config.embed_width:
+            x = _watched(base, config.prefix, layout.project_in, x, probe)
+        if config.rope is None:
+            positions = _positions(tokens, None, None) if positions is None else positions
+            table = subtree(base, layout.positions)["weight"]
+            x = x + table[positions + layout.position_offset]
     return x
 
 
@@ -280,7 +281,8 @@ def _block(
         return probe(f"{layout.mlp}:out", y) if layout.mlp else y
 
     x, h, store = _attended(params, config, x, where, store, probe)
-    x = x + mix(h)
+    with jax.named_scope("mlp"):
+        x = x + mix(h)
     if not config.pre_norm:
         x = _normal(params, config, layout.mlp_norm, x, probe)
     return probe(":out", x), store, probe.found
@@ -298,11 +300,13 @@ def _attended(params, config: LMConfig, x, where: Place, store, probe: Probe):
     attended, store = attention(params, config, layout, h, where, store, probe)
     if config.parallel:
         h = _normal(params, config, layout.mlp_norm, x, probe) if layout.mlp_norm else h
-        return x + attended, h, store
-    if config.pre_norm:
+    with jax.named_scope("output"):
         x = x + attended
+    if config.parallel:
+        return x, h, store
+    if config.pre_norm:
         return x, _normal(params, config, layout.mlp_norm, x, probe), store
-    x = _normal(params, config, layout.attention_norm, x + attended, probe)
+    x = _normal(params, config, layout.attention_norm, x, probe)
     return x, x, store
 
 
@@ -402,12 +406,15 @@ def head(
         x = normalise(weights, probe(f"{name}:in", x), config.norm, config.norm_eps)
         x = probe(f"{name}:out", x)
     if config.embed_width:
-        x = _watched(base, config.prefix, layout.project_out, x, probe)
+        with jax.named_scope("head"):
+            x = _watched(base, config.prefix, layout.project_out, x, probe)
     x = probe(f"{layout.head}:in", x)
     weights = dict(params.get(layout.head, {}))
     if config.tied:
         weights["weight"] = subtree(base, layout.embed)["weight"]
-    return probe(f"{layout.head}:out", linear(weights, x))
+    with jax.named_scope("head"):
+        logits = linear(weights, x)
+    return probe(f"{layout.head}:out", logits)
 
 
 def loss(
@@ -435,10 +442,12 @@ def loss(
     True
     """
     tokens = jnp.asarray(tokens)
-    logits = apply(params, config, tokens[:, :-1]).logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-    if mask is None:
-        return jnp.mean(nats)
-    counts = mask[:, 1:].astype(jnp.float32)
-    return jnp.sum(nats * counts) / jnp.maximum(jnp.sum(counts), 1.0)
+    logits = apply(params, config, tokens[:, :-1]).logits
+    with jax.named_scope("loss"):
+        logits = logits.astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+        if mask is None:
+            return jnp.mean(nats)
+        counts = mask[:, 1:].astype(jnp.float32)
+        return jnp.sum(nats * counts) / jnp.maximum(jnp.sum(counts), 1.0)

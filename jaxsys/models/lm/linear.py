@@ -100,15 +100,16 @@ def normalise(
     >>> [round(float(v), 3) for v in normalise(weights, jnp.array([3.0, 4.0]), "rms", 0.0)]
     [0.849, 1.131]
     """
-    wide = x.astype(jnp.float32)
-    if kind == "layer":
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    ones = (1,) * (x.ndim - 1)
-    y = wide.astype(x.dtype) * weights["weight"].reshape(*ones, -1)
-    if "bias" in weights:
-        y = y + weights["bias"].reshape(*ones, -1)
-    return y.astype(x.dtype)
+    with jax.named_scope("norm"):
+        wide = x.astype(jnp.float32)
+        if kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        ones = (1,) * (x.ndim - 1)
+        y = wide.astype(x.dtype) * weights["weight"].reshape(*ones, -1)
+        if "bias" in weights:
+            y = y + weights["bias"].reshape(*ones, -1)
+        return y.astype(x.dtype)
 
 
 ACTIVATIONS = {
