@@ -1,7 +1,7 @@
 """Causal attention with shared key/value heads, sliding windows and a cache."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,21 @@ class Place(NamedTuple):
     keep: Bool[Array, "B T S"]  # which slots each token may attend to
     cos: Array | None
     sin: Array | None
+
+
+class Fused(NamedTuple):
+    """Say that attention is one operation of JAX's; causal, over whole sequences only.
+
+    Attributes:
+        implementation: ``xla`` or ``cudnn`` (on NVIDIA GPUs, float16 or bfloat16 only).
+        window: sliding window in tokens, 0 for none.
+
+    >>> Fused("xla").window
+    0
+    """
+
+    implementation: Literal["xla", "cudnn"]
+    window: int = 0
 
 
 def place(
@@ -80,9 +95,9 @@ def attention(
     layout: Layout,
     x: Float[Array, "B T D"],
     where: Place,
-    store: tuple[Array, Array] | None,
+    store: Any,
     probe: Probe,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """Run the attention of one block.
 
     Args:
@@ -91,8 +106,10 @@ def attention(
         layout: names of its modules.
         x: normalised residual stream.
         where: from `place`.
-        store: this layer's keys and values in the cache, [B, K, S, C] each, or None.
+        store: this layer's keys and values in the cache, [B, K, S, C] each, or None; one that is
+            no pair (see `paged`) brings its own ``mix(q, k, v)``.
         probe: watches the points of the block.
+        fused: one operation instead of `attend`; without a cache or padding.
 
     Returns:
         What is added to the residual stream, and the store after writing.
@@ -114,12 +131,15 @@ def attention(
         with jax.named_scope("rope"):
             q = turn(config.rope, q, where.cos, where.sin)
             k = turn(config.rope, k, where.cos, where.sin)
-    if store is None:
-        keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if hasattr(store, "mix"):
+        mixed, store = store.mix(q, k, v)
     else:
-        store = write(store[0], k, where.start), write(store[1], v, where.start)
-        keys, values = store
-    mixed = attend(q, keys, values, where.keep)
+        if store is None:
+            keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        else:
+            store = write(store[0], k, where.start), write(store[1], v, where.start)
+            keys, values = store
+        mixed = attend(q, keys, values, where.keep)
     mixed = probe(f"{layout.out}:in", mixed.reshape(*x.shape[:2], -1))
     with jax.named_scope("output"):
         out = linear(subtree(params, layout.out), mixed, in_out=layout.in_out)
@@ -193,3 +213,29 @@ def attend(
     with jax.named_scope("values"):
         mixed = jnp.einsum("bkrs,bksc->bkrc", weights.astype(q.dtype), values.astype(q.dtype))
         return mixed.reshape(b, k, group, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def attend_fused(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    fused: Fused,
+) -> Float[Array, "B T H C"]:
+    """Mix values as `attend` does, causally over whole sequences, as one operation of JAX's.
+
+    Reference: Dao et al., "FlashAttention" (arXiv 2205.14135), which is what cuDNN runs.
+
+    >>> x = jnp.ones((1, 3, 2, 4))
+    >>> attend_fused(x, x, x, Fused("xla", window=2)).shape
+    (1, 3, 2, 4)
+    """
+    window = (fused.window - 1, 0) if fused.window else None
+    with jax.named_scope("scores"):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            local_window_size=window,
+            implementation=fused.implementation,
+        )
