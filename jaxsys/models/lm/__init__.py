@@ -9,21 +9,12 @@
 (1, 5, 97)
 """
 
+from jaxsys.models.lm.blocks import block, half_block, half_step, layer, layer_prefix
 from jaxsys.models.lm.cache import Cache, init_cache
 from jaxsys.models.lm.config import LMConfig, Rope
 from jaxsys.models.lm.convert import convert
-from jaxsys.models.lm.decoder import (
-    Output,
-    apply,
-    block,
-    embed,
-    half_block,
-    half_step,
-    head,
-    layer,
-    layer_prefix,
-    loss,
-)
+from jaxsys.models.lm.decoder import Output, apply, embed, head, loss
+from jaxsys.models.lm.execution import Execution, run_blocks, stack, unstack
 from jaxsys.models.lm.families import FAMILIES, config_from_hf, config_to_hf
 from jaxsys.models.lm.init import init, shapes
 from jaxsys.models.lm.linear import linear
@@ -35,6 +26,7 @@ from jaxsys.models.lm.taps import Intervention, modules
 __all__ = [
     "FAMILIES",
     "Cache",
+    "Execution",
     "Intervention",
     "LMConfig",
     "Output",
@@ -59,9 +51,12 @@ __all__ = [
     "loss",
     "modules",
     "open_tensors",
+    "run_blocks",
     "save",
     "shapes",
     "shard",
     "shard_batch",
+    "stack",
+    "unstack",
     "write_folder",
 ]

@@ -97,6 +97,7 @@ def attention(
     where: Place,
     store: Any,
     probe: Probe,
+    fused: Fused | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Run the attention of one block.
 
@@ -133,6 +134,8 @@ def attention(
             k = turn(config.rope, k, where.cos, where.sin)
     if hasattr(store, "mix"):
         mixed, store = store.mix(q, k, v)
+    elif fused is not None:
+        mixed = attend_fused(q, k, v, fused)
     else:
         if store is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
