@@ -7,6 +7,8 @@ line of JAX carries that line's path of `jax.named_scope`s, its ``op_name``.
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxsys.core.errors import UserError
@@ -56,7 +58,8 @@ class Instruction(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-class Module(NamedTuple):
+@dataclass(frozen=True)
+class Module:
     """A compiled program.
 
     Attributes:
@@ -72,7 +75,7 @@ class Module(NamedTuple):
     entry: str
     computations: Mapping[str, tuple[Instruction, ...]]
 
-    @property
+    @cached_property
     def instructions(self) -> dict[str, Instruction]:
         """All instructions by name."""
         return {i.name: i for found in self.computations.values() for i in found}

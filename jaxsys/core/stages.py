@@ -291,6 +291,41 @@ def cut_at(
     return _stage(graph, [begins[k] for k in marks[:-1]], again)
 
 
+def cut_scopes(
+    loss_fn: Callable[..., Any], params: Any, data: tuple[Any, ...], names: Sequence[str]
+) -> tuple[StagedLoss, tuple[str, ...]]:
+    """Cut a loss wherever the `jax.named_scope` changes, to run each part of a model alone.
+
+    Args:
+      loss_fn: ``loss_fn(params, *data) -> scalar``.
+      params: tree of arrays or of `jax.ShapeDtypeStruct`; shapes and dtypes are fixed by it.
+      data: the other arguments of the loss.
+      names: scopes that count; what is written in no such scope stays with what comes before it.
+
+    Returns:
+      The `StagedLoss`, and the scope of each stage ("" where the loss begins outside of all).
+
+    Raises:
+      UserError: what `jaxsys.core.traced.trace_loss` refuses.
+
+    >>> def loss(p, x):
+    ...     with jax.named_scope("up"):
+    ...         x = x @ p
+    ...     with jax.named_scope("sum"):
+    ...         return jnp.sum(x)
+    >>> cut_scopes(loss, jnp.ones((2, 3)), (jnp.ones((1, 2)),), ("up", "sum"))[1]
+    ('up', 'sum')
+    """
+    graph = trace_loss(loss_fn, params, *data)
+    starts, labels = [], []
+    for i, (eqn, kind) in enumerate(zip(graph.program.equations, graph.kinds, strict=True)):
+        scope = eqn.scope if eqn.scope in names else ""
+        if kind == "main" and (not labels or scope not in ("", labels[-1])):
+            starts.append(i)
+            labels.append(scope)
+    return _stage(graph, starts, [False] * len(starts)), tuple(labels)
+
+
 def _stage(graph: Graph, starts: Sequence[int], remat: Sequence[bool]) -> StagedLoss:
     where, avals = place(graph, starts), graph.program.avals
     home = {v: where[i] for v, i in graph.maker.items()}
