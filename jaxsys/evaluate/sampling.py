@@ -78,8 +78,14 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: float | int) -> Float[Array, "B V"]:
+def keep_top_p(
+    logits: Float[Array, "B V"], p: float | int | Float[Array, "B 1"]
+) -> Float[Array, "B V"]:
     """Keep the fewest most likely tokens whose probabilities together reach p; at least one.
+
+    Args:
+      logits: as the model gave them, or scaled.
+      p: of all rows, or of each.
 
     Reference: nucleus sampling, arXiv 1904.09751.
 
@@ -158,3 +164,41 @@ def sample(
         return warp(logits, seen, only_penalty).argmax(axis=-1).astype(jnp.int32)
     warped = warp(logits, seen, sampling)
     return jax.vmap(jax.random.categorical)(keys, warped).astype(jnp.int32)
+
+
+def sample_each(
+    keys: Key[Array, "B"],
+    logits: Float[Array, "B V"],
+    temperatures: Float[Array, "B"],
+    top_ps: Float[Array, "B"],
+) -> Int32[Array, "B"]:
+    """Choose one token for each row, whose temperature and top-p are its own.
+
+    Sorting and drawing are done only where some row asks for them; each row gets what `sample`
+    gives it with the same key and a `Sampling` of its own.
+
+    Args:
+      keys: one for each row.
+      logits: as the model gave them.
+      temperatures: of each row; 0 takes the most likely token.
+      top_ps: of each row; 1 keeps all.
+
+    >>> keys, logits = jax.random.split(jax.random.key(0), 2), jnp.array([[1.0, 3.0], [3.0, 1.0]])
+    >>> sample_each(keys, logits, jnp.array([0.0, 0.1]), jnp.array([1.0, 0.5]))
+    Array([1, 0], dtype=int32)
+    """
+    logits = logits.astype(jnp.float32)
+    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        scaled = logits / jnp.where(temperatures > 0, temperatures, 1.0)[:, None]
+        wanted = (top_ps < 1) & (temperatures > 0)
+        kept = jax.lax.cond(
+            wanted.any(),
+            lambda: jnp.where(wanted[:, None], keep_top_p(scaled, top_ps[:, None]), scaled),
+            lambda: scaled,
+        )
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    drawn = jax.lax.cond((temperatures > 0).any(), draw, lambda: likeliest)
+    return jnp.where(temperatures > 0, drawn, likeliest)

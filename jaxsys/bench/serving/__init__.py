@@ -1,0 +1,1 @@
+"""Serving: an engine with paged memory, an OpenAI-compatible server, and a load generator."""
