@@ -141,7 +141,7 @@ class Task:
     def __init__(self, prepared: Prepared, encoder: Any, text: Any, category: np.ndarray):
         self.prepared, self.encoder, self.text, self.category = prepared, encoder, text, category
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one task lives as long as the program
+    @lru_cache(maxsize=8)  # noqa: B019 - one task lives as long as the program
     def games(self, split: str) -> tuple[Tables, Rows, Rows, Game]:
         """Make the tables, the rows of both parts and the tested game."""
         catalogue = self.prepared.catalogue
@@ -473,8 +473,9 @@ def main() -> None:
             setattr(Settings, name, getattr(options, name))
     PATTERNS[0] = task.encoder.patterns
     begin_s = time.perf_counter()
-    for split in options.splits:
-        for name in options.methods:
+    # A method's splits follow each other, so that its programs are compiled once.
+    for name in options.methods:
+        for split in options.splits:
             if (name, split) in read_cells(options.out):
                 continue
             if time.perf_counter() - begin_s > 60 * options.minutes:

@@ -8,6 +8,7 @@ command has the empty verb.
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,11 +106,15 @@ def _run(program: str, config_type: Any, run: Any, arguments: list[str]) -> int:
     from jaxsys.cli.options import Outcome, is_idle, make_out
     from jaxsys.core.report import to_json
 
+    told = io.StringIO()
     try:
-        config = tyro.cli(
-            config_type, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
-        )
-    except SystemExit as stop:  # --help, or a mistake that tyro has told
+        with contextlib.redirect_stderr(told):
+            config = tyro.cli(
+                config_type, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:  # --help, or a mistake
+        _raise_own(stop)
+        sys.stderr.write(told.getvalue())
         return int(stop.code or 0)
     if is_idle(config):
         print(f"{program} runs on process 0; this one has nothing to do", file=sys.stderr)
@@ -124,6 +129,15 @@ def _run(program: str, config_type: Any, run: Any, arguments: list[str]) -> int:
     if outcome.result is not None:
         print(to_json(outcome.result), flush=True)
     return outcome.exit_code
+
+
+def _raise_own(error: BaseException) -> None:
+    """Raise the mistake that a part of the options refused: one sentence, not tyro's box."""
+    cause = error.__context__
+    while cause is not None:
+        if isinstance(cause, UserError):
+            raise cause from None
+        cause = cause.__context__
 
 
 @contextlib.contextmanager

@@ -62,16 +62,15 @@ class TrainConfig:
     round: int = 1
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch": 1, "passes": 1, "round": 1, "patience": 0, "warmup_steps": 0}
+        least = {"epochs": 1, "batch": 1, "passes": 1, "round": 1}
+        least |= {"patience": 0, "warmup_steps": 0, "weight_decay": 0}
         low = [name for name, bound in least.items() if getattr(self, name) < bound]
         rates = [name for name in ("lr", "adapter_lr") if getattr(self, name) <= 0]
-        clipped = self.clip_norm is None or self.clip_norm > 0
-        if low or rates or self.weight_decay < 0 or not clipped:
-            raise UserError(
-                f"{(low + rates + ['weight_decay or clip_norm'])[0]} is out of range in {self}; "
-                "expected positive rates and counts of at least 1 (0 where something is left out); "
-                "correct it"
-            )
+        rates += ["clip_norm"] if self.clip_norm is not None and self.clip_norm <= 0 else []
+        if low or rates:
+            name = (low + rates)[0]
+            wanted = f"at least {least[name]}" if name in least else "a positive number"
+            raise UserError(f"{name} is {getattr(self, name)}; expected {wanted}; correct it")
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
