@@ -18,6 +18,7 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.1,
     clip_norm: float | None = None,
+    decays: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Make AdamW as language models use it: decay on matrices only, optional warm-up and cosine.
 
@@ -29,6 +30,7 @@ def adamw(
       b2: decay of the second moment; 0.95 is the custom for language models.
       weight_decay: of leaves with two or more dimensions.
       clip_norm: bound on the global norm of the gradient; none if left out.
+      decays: parameters to a tree of which of them decay, where it is not as `weight_decay` says.
 
     Returns:
       The transformation.
@@ -49,7 +51,7 @@ def adamw(
         b1=b1,
         b2=b2,
         weight_decay=weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        mask=decays or (lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
     )
     return step if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), step)
 
