@@ -281,8 +281,9 @@ def _step(config, technique, optimizer, mesh, state, batch) -> tuple[Any, dict[s
     memory = state["memory"]
     if technique.offload != "none":
         memory = jax.device_put(memory, near["memory"])
-    updates, memory = optimizer.update(grads, memory, trained)
-    trained = optax.apply_updates(trained, updates)
+    with jax.named_scope("optimizer"):
+        updates, memory = optimizer.update(grads, memory, trained)
+        trained = optax.apply_updates(trained, updates)
     if technique.offload != "none":
         memory = jax.device_put(memory, places["memory"])
     if technique.offload == "parameters":
