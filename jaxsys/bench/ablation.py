@@ -1,4 +1,4 @@
-"""The parts of a step timed one by one: each part's forward pass, its vjp, the optimiser alone.
+"""The parts of a step timed one by one: each part's forward pass, its vjp, the optimizer alone.
 
 The loss is cut where its `jax.named_scope` changes (`core.stages.cut_scopes`) and every part
 becomes two compiled programs on the inputs that it has in the step. What the compiler fuses across
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.bench.modules import OPTIMISER, OTHER, PARTS
+from jaxsys.bench.modules import OPTIMIZER, OTHER, PARTS
 from jaxsys.core.measure import Ratio, Timing, bootstrap_ci, interleaved, ratio, timing
 from jaxsys.core.stages import Stage, StagedLoss, cut_scopes, zero_cotangent
 
@@ -52,12 +52,12 @@ def ablate(
     data: tuple[Any, ...],
     *,
     step: Callable[[], Any],
-    optimiser: Callable[[], Any] | None = None,
+    optimizer: Callable[[], Any] | None = None,
     parts: Sequence[str] = PARTS,
     rounds: int = 10,
     warmup: int = 2,
 ) -> Ablation:
-    """Time every part of a loss forward and backward, the optimiser and the whole step in turns.
+    """Time every part of a loss forward and backward, the optimizer and the whole step in turns.
 
     Equal parts (those of all layers) are timed once and counted as often as the step runs them.
 
@@ -66,7 +66,7 @@ def ablate(
       params: tree of arrays.
       data: the other arguments.
       step: runs the whole step once.
-      optimiser: runs the optimiser once.
+      optimizer: runs the optimizer once.
       parts: the scopes' names.
       rounds: timed rounds.
       warmup: rounds before them.
@@ -90,8 +90,8 @@ def ablate(
     """
     staged, labels = cut_scopes(loss_fn, params, data, parts)
     timed = _programs(staged, labels, params, data)
-    if optimiser is not None:
-        timed.append(_Timed(OPTIMISER, OPTIMISER, 1, optimiser))
+    if optimizer is not None:
+        timed.append(_Timed(OPTIMIZER, OPTIMIZER, 1, optimizer))
     calls = {str(i): one.call for i, one in enumerate(timed)} | {"step": step}
     times = interleaved(calls, warmup=warmup, runs=rounds)
     columns: dict[tuple[str, str], np.ndarray] = {}

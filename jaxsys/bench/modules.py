@@ -1,4 +1,4 @@
-"""Where a training step's time goes: over the parts of the model, forward, backward, optimiser.
+"""Where a training step's time goes: over the parts of the model, forward, backward, optimizer.
 
 Times come from the profiler (`core.profiler`), whose events name instructions of the compiled text
 (`core.hlo`); an instruction's ``op_name`` holds the `jax.named_scope`s it was written in and
@@ -23,14 +23,14 @@ PARTS = (
     "embedding", "norm", "qkv", "rope", "scores", "softmax", "values", "output", "mlp", "head",
     "loss",
 )  # fmt: skip
-OPTIMISER = "optimiser"
+OPTIMIZER = "optimizer"
 OTHER = "other"
-PHASES = ("forward", "recompute", "backward", OPTIMISER, OTHER)
+PHASES = ("forward", "recompute", "backward", OPTIMIZER, OTHER)
 _WORD = re.compile(r"[\w.]+")
 _FUNCTION = re.compile(r"p?jit\([^()]*\)")  # a jitted function's name is no scope
 
 
-def part_of(op_name: str, parts: Sequence[str] = (*PARTS, OPTIMISER)) -> str:
+def part_of(op_name: str, parts: Sequence[str] = (*PARTS, OPTIMIZER)) -> str:
     """Give the innermost named part in a path of scopes.
 
     Args:
@@ -63,11 +63,11 @@ def phase_of(op_name: str) -> str:
 
     >>> phase_of("jit(step)/jvp(head)/dot_general"), phase_of("jit(step)/transpose(jvp(mlp))/mul")
     ('forward', 'backward')
-    >>> phase_of("jit(step)/optimiser/mul")
-    'optimiser'
+    >>> phase_of("jit(step)/optimizer/mul")
+    'optimizer'
     """
-    if part_of(op_name, (OPTIMISER,)) == OPTIMISER:
-        return OPTIMISER
+    if part_of(op_name, (OPTIMIZER,)) == OPTIMIZER:
+        return OPTIMIZER
     if "rematted_computation" in op_name:
         return "recompute"
     if "transpose(" in op_name:
@@ -76,7 +76,7 @@ def phase_of(op_name: str) -> str:
 
 
 def attribute(
-    module: hlo.Module, parts: Sequence[str] = (*PARTS, OPTIMISER)
+    module: hlo.Module, parts: Sequence[str] = (*PARTS, OPTIMIZER)
 ) -> dict[str, dict[tuple[str, str], float]]:
     """Share every instruction among parts and phases.
 
@@ -150,7 +150,7 @@ def split(
     run: Callable[[], Any],
     text: str,
     *,
-    parts: Sequence[str] = (*PARTS, OPTIMISER),
+    parts: Sequence[str] = (*PARTS, OPTIMIZER),
     rounds: int = 10,
     warmup: int = 2,
 ) -> Split:

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -88,6 +88,32 @@ def figure_of(timing: Timing) -> dict[str, float | int]:
     """
     low, high = timing.ci_s
     return {"median_s": timing.median_s, "low_s": low, "high_s": high, "runs": len(timing.seconds)}
+
+
+def label(row: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Write a row's flags in one line.
+
+    Args:
+      row: as `record` makes it.
+      without: flags to leave out.
+
+    Returns:
+      ``name value`` pairs; flags that are None are left out, flags in flags written likewise.
+
+    >>> label(record("train", 0, {"model": "tiny", "technique": {"zero": 2}, "why": None}))
+    'model tiny, zero 2'
+    """
+
+    def pairs(flags: Mapping[str, Any]) -> list[str]:
+        found = []
+        for key, value in flags.items():
+            if isinstance(value, Mapping):
+                found += pairs(value)
+            elif value is not None and key not in without:
+                found.append(f"{key} {value}")
+        return found
+
+    return ", ".join(pairs(row["flags"]))
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _measured(device: Any, dtype: str) -> Peaks:
     return Peaks(rate, bandwidth, f"{source}{long.nbytes // 2**20} MiB, fastest of 5")
 
 
-def floor_s(flops: float, n_bytes: float, peak: Peaks) -> float:
+def floor_s(flops: int | float, n_bytes: int | float, peak: Peaks) -> float:
     """Give the least seconds that some work takes.
 
     Args:
@@ -134,7 +134,7 @@ def floor_s(flops: float, n_bytes: float, peak: Peaks) -> float:
 
 
 def against_floor(
-    flops: float, n_bytes: float, seconds: float, peak: Peaks
+    flops: int | float, n_bytes: int | float, seconds: int | float, peak: Peaks
 ) -> Mapping[str, float | str]:
     """Say how near a time comes to its floor.
 
