@@ -1,4 +1,4 @@
-"""Keys and values in pages that rows share: a decoder's layers over tokens of many requests at once.
+"""Keys and values in pages that rows share: a decoder over tokens of many requests at once.
 
 A pool holds pages of a few tokens' keys and values for each layer; a table says which pages, in
 order, hold a request's tokens. Tokens of one call lie side by side, whatever request they belong
