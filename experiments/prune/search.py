@@ -7,9 +7,9 @@
                                                      3 seeds, with 4,096 tokens to minimise
     python experiments/prune/search.py MODEL --report
                                                      lays out what is there
-    python experiments/prune/search.py smollm2       1 seed of each at 50 %, 64 expressions a
-                                                     search, loss of 512 tokens: about 10 minutes
-                                                     of one core, 4.4 GiB
+    python experiments/prune/search.py smollm2       5 seeds of each at 50 %, 64 expressions a
+                                                     search, loss of 1,024 tokens: about 10 minutes
+                                                     of one core each, 6 GiB
     python experiments/prune/search.py --smoke       half a minute, nothing written
 
 Needs `JAXSYS_DATA`, and the extra `smollm2` for the second. Searches are kept in
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 PLANS = {
     "stories260k": Plan((0.5, 0.6), 5, 64, 12, (16, 8, 32), 128),
     "stories260k-long": Plan((0.5, 0.6), 3, 64, 12, (16, 32, 32), 128),
-    "smollm2": Plan((0.5,), 1, 16, 4, (8, 2, 4), 256),
+    "smollm2": Plan((0.5,), 5, 16, 4, (8, 4, 8), 256),
 }
 
 
@@ -164,17 +164,17 @@ def run(model: str, plan: Plan, kept: dict[str, Any], save: Any, work: Path | No
                     if out is not None:
                         shutil.rmtree(out)
                     print(key, f"{found['best'][-1]:.4f}", f"{found['seconds']:.0f} s", flush=True)
-        key = f"{sparsity} sequential"
-        if key not in kept:
-            rows = kept[f"{sparsity} evolution 0"]["rows"]
-            named = {r["metric"]: r["expression"] for r in rows if r["expression"]}
-            named = {k: v for k, v in named.items() if not k.startswith("found")}
-            finals = [kept[f"{sparsity} evolution {s}"]["rows"] for s in range(plan.seeds)]
-            for seed, rows in enumerate(finals):
-                best = next(r for r in rows if r["metric"] == "found 1")
-                named[f"evolution {seed}"] = best["expression"]
-            kept[key] = behind_pruned_blocks(opened, parts, named, sparsity)
-            save()
+        rows = kept[f"{sparsity} evolution 0"]["rows"]
+        named = {r["metric"]: r["expression"] for r in rows if r["expression"]}
+        named = {k: v for k, v in named.items() if not k.startswith("found")}
+        for seed in range(plan.seeds):
+            named[f"evolution {seed}"] = best_row(kept[f"{sparsity} evolution {seed}"])[
+                "expression"
+            ]
+        behind = kept.setdefault(f"{sparsity} sequential", {})
+        missing = {name: text for name, text in named.items() if name not in behind}
+        behind |= behind_pruned_blocks(opened, parts, missing, sparsity)
+        save()
         atomic_write(RESULTS / f"search_{model}.md", page(model, plan, kept))
 
 
@@ -193,20 +193,22 @@ def page(model: str, plan: Plan, kept: Mapping[str, Any]) -> str:
     tokens = [count * plan.length for count in plan.windows]
     text = f"# Search for pruning metrics on {model}\n\n{machine()}.\n\n"
     text += (
-        f"{plan.seeds} searches of each kind, {total} expressions each; statistics of {tokens[0]} "
+        f"Searches of {total} expressions each; statistics of {tokens[0]} "
         f"tokens, loss of {tokens[1]} tokens minimised, {tokens[2]} tokens held out; nats per "
         'token, means over seeds with 95 % bootstrap intervals. "Sequential" prunes once more '
         "with statistics recomputed behind pruned blocks (held-out loss; blank where not run); all "
         "compare rows.\n\n"
     )
-    done = [
-        s for s in plan.sparsities if all(f"{s} {n} {plan.seeds - 1}" in kept for n in STRATEGIES)
-    ]
+    seeds = {
+        s: [i for i in range(plan.seeds) if all(f"{s} {n} {i}" in kept for n in STRATEGIES)]
+        for s in plan.sparsities
+    }
+    done = [s for s, own in seeds.items() if own]
     if not done:
         return text
     fig, axes = figure(1, len(done), width=4.8)
     for axis, sparsity in zip(axes[0], done, strict=True):
-        runs = {s: [kept[f"{sparsity} {s} {i}"] for i in range(plan.seeds)] for s in STRATEGIES}
+        runs = {s: [kept[f"{sparsity} {s} {i}"] for i in seeds[sparsity]] for s in STRATEGIES}
         behind = kept.get(f"{sparsity} sequential", {})
         rows = [
             {
@@ -222,19 +224,21 @@ def page(model: str, plan: Plan, kept: Mapping[str, Any]) -> str:
             best = [best_row(f) for f in found]
             row = {"metric": f"best of {name}"}
             row |= {key: interval([b[key] for b in best]) for key in ("loss", "held-out loss")}
-            if name == "evolution" and behind:
-                row["sequential"] = interval([behind[f"evolution {i}"] for i in range(plan.seeds)])
+            finals = [behind.get(f"{name} {i}") for i in seeds[sparsity]]
+            if None not in finals:
+                row["sequential"] = interval(finals)
             row["distinct masks"] = f"{np.mean([f['fresh'] for f in found]):.0f}"
             rows.append(row)
-        text += f"## {100 * sparsity:g} % removed\n\n{markdown_table(rows)}\n"
-        text += _expressions(runs, plan) + _principles(runs["evolution"])
+        text += f"## {100 * sparsity:g} % removed, {len(seeds[sparsity])} searches of each kind\n\n"
+        text += f"{markdown_table(rows)}\n"
+        text += _expressions(runs) + _principles(runs["evolution"])
         _draw(axis, runs, rows, sparsity)
     axes[0, 0].set(ylabel="loss of the pruned model, nats")
     save_figure(fig, RESULTS / f"search_{model}.png")
     return text
 
 
-def _expressions(runs: Mapping[str, Any], plan: Plan) -> str:
+def _expressions(runs: Mapping[str, Any]) -> str:
     rows = [
         {
             "search": f"{name} {seed}",
@@ -243,7 +247,7 @@ def _expressions(runs: Mapping[str, Any], plan: Plan) -> str:
             "held-out loss": f"{best_row(runs[name][seed])['held-out loss']:.3f}",
         }
         for name in STRATEGIES
-        for seed in range(plan.seeds)
+        for seed in range(len(runs[name]))
     ]
     return markdown_table(rows) + "\n"
 
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=tuple(PLANS), default="stories260k")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true", help="lay out what is there")
+    parser.add_argument("--seeds", type=int, help="how many, from 0, if not all")
     parser.add_argument("--work", type=Path, help="folder for states of unfinished searches")
     given = parser.parse_args()
     file = RESULTS / f"search_{given.model}.json"
@@ -303,6 +308,7 @@ def main() -> None:
     if file.exists():
         kept = json.loads(file.read_text())
     plan = PLANS[given.model]
+    plan = plan._replace(seeds=given.seeds or plan.seeds)
     if given.report:
         atomic_write(RESULTS / f"search_{given.model}.md", page(given.model, plan, kept))
         return

@@ -2,9 +2,10 @@
 
     python experiments/prune/table.py stories260k      all methods, four patterns, three seeds:
                                                        about 6 minutes on 2 idle cores
-    python experiments/prune/table.py smollm2          the same for SmolLM2-135M: about 30 s to
-                                                       2 minutes a row (ALPS: about 12), 150 rows;
-                                                       choose with --methods, --patterns, --seeds
+    python experiments/prune/table.py smollm2          the same for SmolLM2-135M: about 20 s to
+                                                       a minute a row (ALPS: some minutes), 150
+                                                       rows; choose with --methods, --patterns,
+                                                       --seeds
     python experiments/prune/table.py smollm2 --questions 100 --patterns 0.5
                                                        the first 100 questions of ARC-Easy to the
                                                        model pruned with the first seed: about a
@@ -33,6 +34,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+# Its threads spin while they wait for each other and for XLA's: with one, the decompositions of
+# SparseGPT and ALPS take a tenth of the processor's time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import machine

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -212,15 +213,19 @@ def _besa_rates(
 ) -> dict[str, float]:
     x = jnp.asarray(np.concatenate(xs[:most_batches]))
     target = jnp.asarray(np.concatenate(dense[:most_batches]))
-    kind = blocks.kind(i)
     weights = {n: turn(params[f"{n}.weight"], blocks.in_out) for n in blocks.linears(i)}
     rest = {name: leaf for name, leaf in params.items() if name[:-7] not in weights}
+    scores = {name: wanda(weight, stats[name]) for name, weight in weights.items()}
+    error = _output_error(blocks.run, blocks.kind(i), blocks.in_out)
+    return besa(error, weights, scores, sparsity, inputs=(rest, x, target))
 
-    def error(masked: Mapping[str, Array]) -> Array:
-        turned = {f"{n}.weight": turn(w, blocks.in_out) for n, w in masked.items()}
-        out = blocks.run(unflatten(rest | turned), kind, x, ())[0]
+
+@lru_cache(maxsize=8)  # the same function for equal blocks, so that BESA compiles once for all
+def _output_error(run: Callable[..., Any], kind: int, in_out: bool) -> Callable[..., Array]:
+    def error(masked: Mapping[str, Array], rest: Any, x: Array, target: Array) -> Array:
+        turned = {f"{n}.weight": turn(w, in_out) for n, w in masked.items()}
+        out = run(unflatten(rest | turned), kind, x, ())[0]
         change = jnp.sum(jnp.square(target - x))  # what the block adds, not the stream it adds to
         return jnp.sum(jnp.square(out - target)) / change
 
-    scores = {name: wanda(weight, stats[name]) for name, weight in weights.items()}
-    return besa(error, weights, scores, sparsity)
+    return error

@@ -1,6 +1,7 @@
 """How much to remove where: the same everywhere, by outliers (OWL), or learnt (after BESA)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,11 +86,12 @@ def allocate(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[
 
 
 def besa(
-    output_error: Callable[[Mapping[str, Array]], Float[Array, ""]],
+    output_error: Callable[..., Float[Array, ""]],
     weights: Mapping[str, Float[Array, "O I"]],
     scores: Mapping[str, Float[Array, "O I"]],
     sparsity: float,
     *,
+    inputs: tuple[Any, ...] = (),
     rates: int = 100,
     steps: int = 20,
     learning_rate: float = 0.1,
@@ -109,11 +111,13 @@ def besa(
     the block as a whole has the sparsity asked for.
 
     Args:
-        output_error: masked weights by layer to the block's squared output error relative to the
-            squared output; it is jitted here.
+        output_error: (masked weights by layer, *inputs) to the block's squared output error
+            relative to the squared output; it is jitted here, once for all calls with the same
+            function and shapes.
         weights: W of each layer.
         scores: of each layer, such as Wanda's.
         sparsity: of the block.
+        inputs: of ``output_error``, trees of arrays.
         rates: candidates in (0, 1).
         steps: of Adam.
         learning_rate: of Adam, on logits.
@@ -139,26 +143,36 @@ def besa(
     # At the start β lies around the target.
     begin = -jnp.square((grid - sparsity) / 0.05)
     logits = dict.fromkeys(weights, begin)
-    optimizer = optax.adam(learning_rate)
-
-    def objective(logits: Any, weights: Any, ranks: Any) -> tuple[Array, dict[str, Array]]:
-        alphas = {name: jnp.sum(jax.nn.softmax(leaf) * grid) for name, leaf in logits.items()}
-        masked = {n: _masked(w, ranks[n], logits[n], alphas[n], grid) for n, w in weights.items()}
-        mean = sum((sizes[name] / total) * alpha for name, alpha in alphas.items())
-        return output_error(masked) + penalty * jnp.square(mean - sparsity), alphas
-
-    @jax.jit
-    def step(logits: Any, state: Any, weights: Any, ranks: Any) -> Any:
-        grads = jax.grad(objective, has_aux=True)(logits, weights, ranks)[0]
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(logits, updates), state
-
-    state = optimizer.init(logits)
+    state = optax.adam(learning_rate).init(logits)
+    fixed = (dict(weights), ranks, grid, jnp.float32(sparsity), inputs)
     for _ in range(steps):
-        logits, state = step(logits, state, dict(weights), ranks)
+        logits, state = _learn(logits, state, fixed, output_error, learning_rate, penalty)
     alphas = {n: float(jnp.sum(jax.nn.softmax(leaf) * grid)) for n, leaf in logits.items()}
     shift = sum(sizes[n] * alpha for n, alpha in alphas.items()) / total - sparsity
     return {n: min(max(alpha - shift, 0.0), 0.999) for n, alpha in alphas.items()}
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _learn(
+    logits: Any,
+    state: Any,
+    fixed: tuple[Any, ...],
+    output_error: Callable[..., Array],
+    learning_rate: float,
+    penalty: float,
+) -> Any:
+    """Take one step of Adam on the logits."""
+    weights, ranks, grid, sparsity, inputs = fixed
+    total = sum(leaf.size for leaf in weights.values())
+
+    def objective(logits: Any) -> Array:
+        alphas = {name: jnp.sum(jax.nn.softmax(leaf) * grid) for name, leaf in logits.items()}
+        masked = {n: _masked(w, ranks[n], logits[n], alphas[n], grid) for n, w in weights.items()}
+        mean = sum((weights[name].size / total) * alpha for name, alpha in alphas.items())
+        return output_error(masked, *inputs) + penalty * jnp.square(mean - sparsity)
+
+    updates, state = optax.adam(learning_rate).update(jax.grad(objective)(logits), state)
+    return optax.apply_updates(logits, updates), state
 
 
 @jax.jit
