@@ -258,7 +258,7 @@ def _data(config, technique, task, split, seed: int) -> dict[str, Any]:
     rows = np.random.default_rng((task.seed, seed)).integers(
         config.vocab_size, size=(task.batch, task.tokens + 1), dtype=np.int32
     )
-    counts = np.arange(task.tokens + 1) >= (0 if task.method == "pretrain" else task.tokens // 4)
+    counts = np.arange(task.tokens + 1) >= (0 if task.method == "pretrain" else 1 + task.tokens // 4)
     mask = np.broadcast_to(counts, rows.shape)
     batch = {"tokens": rows.reshape(shape), "mask": mask.reshape(shape)}
     return jax.tree.map(lambda x: jax.device_put(x, split), batch)

@@ -192,12 +192,7 @@ def why_not(
     host = t.offload != "none" or t.recompute == "host_dots"
     if host and "pinned_host" not in where.memories:
         return f"devices of {where.platform} address no pinned_host memory here"
-    if t.recompute == "host_dots" and where.count > 1 and where.platform == "cpu":
-        return _HOST_DOTS
     return _why_not_cudnn(t, config, where) if t.attention == "cudnn" else None
-
-
-_HOST_DOTS = "XLA for several virtual CPU devices does not partition copies to host memory"
 
 
 def _why_not_cudnn(t: Technique, config: LMConfig, where: Where) -> str | None:

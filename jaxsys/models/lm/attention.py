@@ -166,7 +166,8 @@ def _project(
         h, c = config.heads, config.head_width
         shape = (h, 3, c) if layout.qkv_per_head else (3, h, c)
         axis = 3 if layout.qkv_per_head else 2
-        q, k, v = jnp.moveaxis(fused.reshape(*x.shape[:2], *shape), axis, 0)
+        with jax.named_scope("qkv"):
+            q, k, v = jnp.moveaxis(fused.reshape(*x.shape[:2], *shape), axis, 0)
         return q, k, v
     q = split(project(layout.q), config.heads)
     k = split(project(layout.k), config.kv_heads)
