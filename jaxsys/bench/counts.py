@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
     def n(self) -> int:
         return self.batch * self.tokens
 
-    def product(self, n: float, inputs: int, outputs: int, *, adapted: bool = True) -> Cost:
+    def product(self, n: int | float, inputs: int, outputs: int, *, adapted: bool = True) -> Cost:
         plain = 2.0 * n * inputs * outputs
         thin = 2.0 * n * self.rank * (inputs + outputs) if adapted else 0.0
         return Cost(plain + thin, plain * (2 if self.trained else 1) + 2 * thin)
@@ -123,7 +123,7 @@ def _sum(a: Cost, b: Cost) -> Cost:
     return Cost(a.forward + b.forward, a.backward + b.backward)
 
 
-def _scaled(n: float, per: tuple[float, float]) -> Cost:
+def _scaled(n: int | float, per: tuple[float, float]) -> Cost:
     return Cost(n * per[0], n * per[1])
 
 
@@ -145,7 +145,7 @@ def _block(config: LMConfig, i: int, rows: _Rows, expert_rows: float | None) -> 
     return parts | {"mlp": _ffn(config, rows, n, config.ffn_width)}
 
 
-def _ffn(config: LMConfig, rows: _Rows, n: float, width: int) -> Cost:
+def _ffn(config: LMConfig, rows: _Rows, n: int | float, width: int) -> Cost:
     into = 2 if layout_of(config).gate else 1
     parts = [rows.product(n, config.width, width)] * into
     return _total([*parts, rows.product(n, width, config.width)])
