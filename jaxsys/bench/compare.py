@@ -143,7 +143,7 @@ def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:
             yield Change(a["kind"], name, path, x, y, y / x, None, None, None)
 
 
-def number(row: Mapping[str, Any], path: str) -> float | None:
+def number(row: Any, path: str) -> float | None:
     """Read a number of a row by its dotted path; None where there is none.
 
     >>> number({"ttft_s": {"p50": 0.5}}, "ttft_s.p50"), number({}, "ttft_s.p50")

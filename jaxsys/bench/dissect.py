@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jaxsys.bench.ablation import Ablation, ablate
+from jaxsys.bench.counts import step_flops
 from jaxsys.bench.modules import OPTIMIZER, PARTS, Split, split
 from jaxsys.bench.records import figure_of, record
 from jaxsys.bench.step import Task, build
@@ -53,10 +54,9 @@ def measure(
       UserError: a technique that splits over devices.
 
     >>> config = lm.LMConfig("llama", 97, 32, 1, 4, 2, 8, 48, 64)
-    >>> task = Task(batch=1, tokens=8)
-    >>> row = measure(config, Technique(recompute="full"), task, {"model": "tiny"}, rounds=2)
-    >>> row["status"], "mlp recompute" in row["parts"], "alone" in row["parts"]["mlp forward"]
-    ('ok', True, False)
+    >>> row = measure(config, Technique(weights="int8"), Task(), {"model": "tiny"})
+    >>> row["status"], row["why"]
+    ('not here', 'codes of int8 cannot be trained: ...')
     """
     device = jax.devices()[0] if device is None else device
     if technique.zero:
@@ -80,7 +80,13 @@ def measure(
     if _as_written(technique, task):
         on_event(f"each part alone, {rounds} rounds")
         alone = _alone(config, technique, task, state, batch, run, rounds)
-    return record("modules", task.seed, flags, **_fields(found, alone))
+    fields = _fields(found, alone)
+    for name, cost in step_flops(config, task.batch, task.tokens, method=task.method).items():
+        for phase, flops in (("forward", cost.forward), ("backward", cost.backward)):
+            key = name if name == OPTIMIZER else f"{name} {phase}"
+            if key in fields["parts"] and flops:
+                fields["parts"][key]["flops"] = flops
+    return record("modules", task.seed, flags, **fields)
 
 
 def _as_written(technique: Technique, task: Task) -> bool:

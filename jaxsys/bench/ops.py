@@ -179,7 +179,7 @@ def _norms(sweep: Sweep) -> Iterable[Operator]:
     shape = _rows(sweep)
     n = math.prod(shape)
     for dtype in sweep.dtypes:
-        for name, flops in (("rms", 4.0 * n), ("layer", 8.0 * n)):
+        for name, flops in (("rms", 4.0 * n), ("layer", 6.0 * n)):
 
             def run(x: Any, weight: Any, name: str = name) -> Any:
                 return normalise({"weight": weight}, x, name, 1e-5)
@@ -200,7 +200,7 @@ def _elementwise(sweep: Sweep) -> Iterable[Operator]:
     for dtype in sweep.dtypes:
         yield _of("elementwise", "add", jnp.add, [shape] * 2, dtype, 1.0 * n, n)
         gated = [shape] * 2
-        yield _of("elementwise", "silu · up", _gated, gated, dtype, 5.0 * n, n)
+        yield _of("elementwise", "silu · up", _gated, gated, dtype, 3.0 * n, n)
         yield _of("elementwise", "sum", jnp.sum, [shape], dtype, 1.0 * n, 1)
 
 

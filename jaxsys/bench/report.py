@@ -224,6 +224,8 @@ def _modules(rows: Sequence[Row]) -> Section:
             continue
         parts = row.get("parts")
         for key, part in parts.items() if isinstance(parts, Mapping) else ():
+            if not isinstance(part, Mapping):
+                continue
             table.append(
                 {
                     "": name,

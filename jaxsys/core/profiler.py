@@ -117,7 +117,7 @@ def shared(events: Iterable[Event]) -> dict[str, float]:
     >>> shared([Event("a", "", "", 0.0, 2.0), Event("b", "", "", 1.0, 3.0)])
     {'a': 1.5, 'b': 1.5}
     """
-    events = list(events)
+    events = [event for event in events if event.end_s > event.start_s]
     edges = [(e.start_s, 1, i) for i, e in enumerate(events)]
     edges += [(e.end_s, 0, i) for i, e in enumerate(events)]
     seconds = {e.op: 0.0 for e in events}
