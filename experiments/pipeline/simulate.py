@@ -1,7 +1,8 @@
 """Plan for fleets that nobody owns: 48 devices as in the paper, and 1,000 on a synthetic internet.
 
     python experiments/pipeline/simulate.py                  3 fleets of 48, 4 minutes on a core
-    python experiments/pipeline/simulate.py --part resnet    the same for ResNet-101, 2 minutes
+    python experiments/pipeline/simulate.py --part resnet50  the same for ResNet-50, 2 minutes;
+                                                             or resnet101
     python experiments/pipeline/simulate.py --part internet --seed 0   fleet 0 of 1,000, 2 minutes;
                                                                        rows of others are kept
     python experiments/pipeline/simulate.py --smoke          seconds, nothing written
@@ -12,7 +13,7 @@ message was ever sent. Only the planner's own seconds are measured.
 
 The model is GPT-2 of 1.5 billion parameters in the published form (48 blocks; of the 1,000 devices
 340 blocks, 10 billion), one sequence of 1024 tokens a micro-batch, remat, Adam in float32, 1F1B;
-ResNet-101 has 16 images of 224 × 224. Baselines put devices in the order in which they joined.
+the ResNets have 16 images of 224 × 224. Baselines put devices in the order in which they joined.
 Expected: OP-Fence many times faster than equal-number, the search ten times faster again because it
 leaves most devices out; AdaTopK several times on top of each. The exact partition is never above
 OP-Fence's by the closed form that both are judged by; simulated with 1F1B and compressed links it
@@ -52,6 +53,7 @@ from jaxsys.pipeline.work import Work, work_of
 
 RESULTS = Path(__file__).parent / "results"
 RATIO = 100.0
+PARTS = ("paper", "resnet50", "resnet101", "internet")
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {},
     "uniform top-k": {"codec": "topk", "ratio": RATIO, "adaptive": False},
@@ -70,11 +72,11 @@ def gpt2_work(n_layer: int, n_embd: int = 1600, n_head: int = 25, n_tokens: int 
     return work_of(graph, backward_ratio=RECOMPUTED)
 
 
-def resnet_work() -> Work:
-    """Trace ResNet-101's loss on 16 images, shapes only."""
+def resnet_work(name: str) -> Work:
+    """Trace a ResNet's loss on 16 images, shapes only."""
     from jaxsys.models import resnet
 
-    graphdef, init = resnet.named("resnet101")
+    graphdef, init = resnet.named(name)
     shapes = jax.eval_shape(init, jax.random.key(0))
     batch = (
         jax.ShapeDtypeStruct((16, 224, 224, 3), jnp.float32),
@@ -187,12 +189,13 @@ def parts(given) -> tuple[str, Work, dict[int, Fleet], int, list[str], bool]:
     if given.smoke:
         fleets = {0: paper_fleet(0, n_devices=8)}
         return "smoke", gpt2_work(2, 64, 4, 64), fleets, 8, ["dense", "AdaTopK"], True
-    if given.part == "paper" and 0 in fleets:
+    if given.part == "paper":
         fleets = {seed: paper_fleet(seed) for seed in seeds}
         return "48 devices, GPT-2 XL", gpt2_work(48), fleets, 48, list(WAYS), True
-    if given.part == "resnet":
+    if given.part in ("resnet50", "resnet101"):
         fleets = {seed: paper_fleet(seed) for seed in seeds}
-        return "48 devices, ResNet-101", resnet_work(), fleets, 48, list(WAYS), True
+        title = f"48 devices, ResNet-{given.part.removeprefix('resnet')}"
+        return title, resnet_work(given.part), fleets, 48, list(WAYS), True
     fleets = {seed: internet_fleet(1000, seed) for seed in seeds}
     title = "1,000 devices, 340 blocks of GPT-2 XL"
     return title, gpt2_work(340), fleets, 512, ["dense", "AdaTopK"], False
@@ -200,7 +203,7 @@ def parts(given) -> tuple[str, Work, dict[int, Fleet], int, list[str], bool]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plan for simulated fleets.")
-    parser.add_argument("--part", choices=("paper", "resnet", "internet"), default="paper")
+    parser.add_argument("--part", choices=PARTS, default="paper")
     parser.add_argument("--seeds", type=int, default=None, help="fleets drawn")
     parser.add_argument("--seed", type=int, default=None, help="this fleet alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
