@@ -159,7 +159,13 @@ def number(row: Any, path: str) -> float | None:
 def _timed(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
     """All timed figures of a row by path, those whose numbers make sense."""
     for key, value in row.items():
-        if not isinstance(value, Mapping) or key in ("machine", "versions", "git", "flags"):
+        if not isinstance(value, Mapping) or key in (
+            "machine",
+            "versions",
+            "git",
+            "environment",
+            "flags",
+        ):
             continue
         names = ("median_s", "low_s", "high_s", "runs")
         figure = {name: number(value, name) for name in names}

@@ -22,7 +22,8 @@ from jaxsys.core.measure import Timing, machine
 FORMAT = 1
 KINDS = ("train", "finetune", "serve", "modules", "ops", "comm", "static")
 STATUSES = ("ok", "out of memory", "not here")
-_OWN = ("format", "kind", "machine", "versions", "git", "flags", "seed")
+_OWN = ("format", "kind", "machine", "versions", "git", "environment", "flags", "seed")
+_VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_", "OMP_NUM_THREADS")
 
 
 def record(kind: str, seed: int | None, flags: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def record(kind: str, seed: int | None, flags: Mapping[str, Any], **fields: Any)
         "machine": _machine(),
         "versions": dict(_versions()),
         "git": _git(),
+        "environment": _environment(),
         "flags": dict(flags),
         "seed": seed,
         **fields,
@@ -201,6 +203,13 @@ def _row(line: str, where: str) -> dict[str, Any]:
             "remove the line"
         )
     return row
+
+
+def _environment() -> dict[str, str]:
+    """Variables that decide how fast a program runs."""
+    return {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
+    }
 
 
 @functools.cache

@@ -119,8 +119,12 @@ def _plain(text: str) -> str:
 def _machines(rows: Sequence[Row]) -> Section:
     found: dict[str, Row] = {}
     for row in rows:
-        machine, versions, git = (row.get(k) or {} for k in ("machine", "versions", "git"))
-        devices = machine.get("devices") or ()
+        machine, versions, git, environment = (
+            row[name] if _is(row, name) else {}
+            for name in ("machine", "versions", "git", "environment")
+        )
+        devices = machine.get("devices")
+        devices = devices if isinstance(devices, list | tuple) else ()
         line = {
             "processor": machine.get("cpu"),
             "cores": machine.get("cores"),
@@ -129,6 +133,7 @@ def _machines(rows: Sequence[Row]) -> Section:
             "system": machine.get("os"),
             "Python": machine.get("python"),
             **{name: versions.get(name) for name in ("jaxsys", "jax", "jaxlib")},
+            "set": ", ".join(f"{k}={v}" for k, v in environment.items()),
             "commit": str(git.get("commit", ""))[:12] + ("" if git.get("clean", True) else " +"),
         }
         found[str(line)] = line

@@ -84,7 +84,9 @@ EVIL = '<script>alert("x")</script>|`<img src=http://x/y>'
 def _foreign():
     rows = [_row(technique=EVIL), _row(0.5, technique="donate")]
     rows.append(records.record("train", 0, {"t": 1}, status="out of memory", why=EVIL))
-    rows.append({**_row(kind="finetune"), "machine": None, "step": EVIL, "mfu": []})
+    rows.append(
+        {**_row(kind="finetune"), "machine": None, "environment": EVIL, "step": EVIL, "mfu": []}
+    )
     cdf = [[0.1, 0.5], [0.2, 1.0]]
     rows.append(records.record("serve", 0, {"burst": 9}, e2e_cdf=cdf, ttft_s={"p50": 0.1}))
     rows.append(records.record("serve", 0, {"burst": 8}, e2e_cdf=EVIL, ttft_s=EVIL))

@@ -1,0 +1,222 @@
+"""Take a small Llama-form model apart on a CPU: all that `jaxsys bench` measures, in one grid.
+
+    python experiments/bench/cpu.py            under 20 minutes on 2 cores, idle
+    python experiments/bench/cpu.py --smoke    under a minute: tiny shapes, nothing kept
+    python experiments/bench/cpu.py --parts ops modules     these alone
+
+Training and fine-tuning over techniques, serving under a burst and under Poisson arrivals, a step's
+parts by the profiler and each alone, operators under the roofline, copies and collectives with
+fitted lines, and the static report. Every part is a process of its own; two virtual devices carry
+what is split. Written are results/<part>.jsonl, report.md, report.html and the figures.
+
+The processes keep freed memory (MALLOC_*), as every step would otherwise ask the system for all of
+its buffers again; what that is worth is measured too (part ``memory``).
+
+Expected: parts of the step add up to it within 10 % both ways; what the paper found, line by line,
+is in README.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("static", "comm", "train", "finetune", "serve", "modules", "memory", "ops")
+TWO_DEVICES = ("static", "comm", "train", "finetune")
+# glibc gives buffers above 128 KiB back to the system, and touching them anew costs a page fault
+# for every 4 KiB.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_ARENA_MAX": "1",
+}
+MODEL, BATCH, TOKENS = "small", 4, 256
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Take a small model apart on a CPU.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.child:
+        run_part(given)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.smoke:
+            given.out = Path(scratch)
+        run_all(given)
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Run each part in a process of its own, then write the report."""
+    from jaxsys.bench.records import read_all
+    from jaxsys.bench.report import write
+
+    for part in given.parts:
+        start = time.perf_counter()
+        settings = {} if part == "memory" else KEEP_MEMORY
+        command = [sys.executable, __file__, "--child", part, "--out", str(given.out)]
+        command += ["--seed", str(given.seed), *(["--smoke"] if given.smoke else [])]
+        (given.out / f"{part}.jsonl").unlink(missing_ok=True)
+        subprocess.run(command, check=True, env={**os.environ, **settings})
+        tell(f"{part}: {time.perf_counter() - start:.0f} s")
+    files = write(read_all(given.out), given.out, title="A small Llama on a CPU")
+    tell(f"wrote {', '.join(path.name for path in files)}")
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_part(given: argparse.Namespace) -> None:
+    """Measure one part and keep its rows."""
+    import jax
+
+    from jaxsys.core.report import append_jsonl
+
+    jax.config.update("jax_platforms", "cpu")
+    if given.child in TWO_DEVICES:
+        jax.config.update("jax_num_cpu_devices", 2)
+    makers = {
+        "static": static, "comm": comm, "train": train, "finetune": finetune, "serve": serve,
+        "modules": modules, "memory": modules, "ops": ops,
+    }  # fmt: skip
+    for row in makers[given.child](given):
+        append_jsonl(given.out / f"{given.child}.jsonl", row)
+
+
+def task_of(given: argparse.Namespace, method: str = "pretrain") -> Any:
+    from jaxsys.bench.step import Task
+
+    size = (2, 16) if given.smoke else (BATCH, TOKENS)
+    return Task(method, *size, seed=given.seed)
+
+
+def techniques_of(given: argparse.Namespace, method: str = "pretrain") -> tuple[Any, ...]:
+    """The naive step, every single technique, and pairs that a user would think of."""
+    from jaxsys.bench.techniques import CHOICES, Technique, combinations
+
+    if given.smoke:
+        return (Technique(), Technique(zero=2))
+    choices = dict(CHOICES)
+    if method in ("pretrain", "full"):
+        del choices["weights"]  # codes cannot be trained
+    pairs = (
+        {"recompute": "full", "attention": "xla"},
+        {"recompute": "full", "layers": "scan"},
+        {"recompute": "full", "donate": True},
+        {"zero": 2, "offload": "optimizer"},
+        {"zero": 3, "recompute": "full"},
+        {"zero": 3, "offload": "parameters"},
+        {"attention": "xla", "dtype": "mixed"},
+        {"donate": True, "layers": "scan", "accumulate": 4},
+    )
+    found = [*combinations(choices, most=1), *(replace(Technique(), **pair) for pair in pairs)]
+    return tuple(dict.fromkeys(found))
+
+
+def static(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench import shapes
+    from jaxsys.bench.static import measure
+
+    chosen = techniques_of(given)
+    config = shapes.shape(MODEL)
+    return measure(MODEL, config, chosen, task_of(given), on_event=tell)
+
+
+def train(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench import shapes
+    from jaxsys.bench.train import measure
+
+    chosen, config = techniques_of(given), shapes.shape(MODEL)
+    return measure(MODEL, config, chosen, task_of(given), on_event=tell)
+
+
+def finetune(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench import shapes
+    from jaxsys.bench.techniques import Technique
+    from jaxsys.bench.train import measure
+
+    config, rows = shapes.shape(MODEL), []
+    sets = {
+        "full": (Technique(), Technique(recompute="full"), Technique(zero=2)),
+        "lora": (
+            Technique(),
+            Technique(weights="int8"),
+            Technique(weights="4bit"),
+            Technique(recompute="full"),
+            Technique(zero=2),
+            Technique(weights="4bit", recompute="full"),
+        ),
+        "prompt": (Technique(), Technique(weights="4bit")),
+    }
+    for method, chosen in sets.items():
+        task = task_of(given, method)
+        rows += measure(MODEL, config, chosen[:1] if given.smoke else chosen, task, on_event=tell)
+    return rows
+
+
+def serve(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench.serving.load import synthetic_prompts
+    from jaxsys.bench.serving.run import Load, layout_for, measure, open_served
+
+    count, length, answer = (4, 8, 4) if given.smoke else (64, 64, 32)
+    slots = 2 if given.smoke else 16
+    served = open_served("tiny" if given.smoke else "smollm2", layout_for(256, slots=slots))
+    prompts = synthetic_prompts(count, length, answer, served.tokenizer, given.seed)
+    loads = [Load(ignore_eos=True, seed=given.seed)]
+    if not given.smoke:
+        loads.append(Load(rate=1.0, ignore_eos=True, seed=given.seed))
+        loads.append(Load(rate=1.0, burstiness=0.25, ignore_eos=True, seed=given.seed))
+    slo = {"ttft_s": 2.0, "tpot_s": 0.5}
+    return [measure(served, prompts, load, slo=slo) for load in loads]
+
+
+def modules(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench import shapes
+    from jaxsys.bench.dissect import measure
+    from jaxsys.bench.techniques import Technique
+
+    task, config, rows = task_of(given), shapes.shape(MODEL), []
+    chosen = [Technique(), Technique(recompute="full"), Technique(dtype="bf16")]
+    for technique in chosen[:1] if given.smoke or given.child == "memory" else chosen:
+        flags = {
+            "model": MODEL,
+            "batch": task.batch,
+            "tokens": task.tokens,
+            "technique": technique.name,
+        }
+        if given.child == "memory":
+            flags["freed memory"] = "given back"
+        rounds = 2 if given.smoke else 20
+        rows.append(measure(config, technique, task, flags, rounds=rounds, on_event=tell))
+    return rows
+
+
+def ops(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench.ops import SMOKE, Sweep, measure
+
+    if given.smoke:
+        return measure(SMOKE, runs=2, on_event=tell)
+    return measure(Sweep(), runs=15, on_event=tell)
+
+
+def comm(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from jaxsys.bench.comm import SIZES, measure
+
+    if given.smoke:
+        return measure(SIZES[:3], runs=2, on_event=tell)
+    return measure(runs=20, on_event=tell)
+
+
+if __name__ == "__main__":
+    main()
