@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("static", "comm", "train", "finetune", "serve", "modules", "memory", "ops")
+PARTS = ("comm", "static", "train", "finetune", "serve", "modules", "memory", "ops")
 TWO_DEVICES = ("static", "comm", "train", "finetune")
 # glibc gives buffers above 128 KiB back to the system, and touching them anew costs a page fault
 # for every 4 KiB.
@@ -125,44 +125,53 @@ def techniques_of(given: argparse.Namespace, method: str = "pretrain") -> tuple[
 
 
 def static(given: argparse.Namespace) -> list[dict[str, Any]]:
-    from jaxsys.bench import shapes
-    from jaxsys.bench.static import measure
+    from jaxsys.bench import shapes, static
 
     chosen = techniques_of(given)
-    config = shapes.shape(MODEL)
-    return measure(MODEL, config, chosen, task_of(given), on_event=tell)
+    return static.measure(
+        MODEL, shapes.shape(MODEL), chosen, task_of(given), lines=lines_of(given), on_event=tell
+    )
 
 
 def train(given: argparse.Namespace) -> list[dict[str, Any]]:
     from jaxsys.bench import shapes
     from jaxsys.bench.train import measure
 
-    chosen, config = techniques_of(given), shapes.shape(MODEL)
-    return measure(MODEL, config, chosen, task_of(given), on_event=tell)
+    chosen = techniques_of(given)
+    return measure(MODEL, shapes.shape(MODEL), chosen, task_of(given), **options_of(given))
 
 
 def finetune(given: argparse.Namespace) -> list[dict[str, Any]]:
     from jaxsys.bench import shapes
+    from jaxsys.bench.finetune import METHODS, measure
     from jaxsys.bench.techniques import Technique
-    from jaxsys.bench.train import measure
 
-    config, rows = shapes.shape(MODEL), []
-    sets = {
-        "full": (Technique(), Technique(recompute="full"), Technique(zero=2)),
-        "lora": (
-            Technique(),
-            Technique(weights="int8"),
-            Technique(weights="4bit"),
-            Technique(recompute="full"),
-            Technique(zero=2),
-            Technique(weights="4bit", recompute="full"),
-        ),
-        "prompt": (Technique(), Technique(weights="4bit")),
+    methods = ("lora",) if given.smoke else tuple(METHODS)
+    chosen = [Technique(), Technique(recompute="full"), Technique(zero=2)]
+    chosen = chosen[:1] if given.smoke else chosen
+    config = shapes.shape(MODEL)
+    return measure(MODEL, config, methods, chosen, task_of(given), **options_of(given))
+
+
+def options_of(given: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "runs": 2 if given.smoke else 10,
+        "memory": not given.smoke,
+        "lines": lines_of(given),
+        "on_event": tell,
     }
-    for method, chosen in sets.items():
-        task = task_of(given, method)
-        rows += measure(MODEL, config, chosen[:1] if given.smoke else chosen, task, on_event=tell)
-    return rows
+
+
+def lines_of(given: argparse.Namespace) -> dict[str, Any] | None:
+    """Lines of collectives that the part ``comm`` has fitted, by kind."""
+    from jaxsys.bench.records import read
+    from jaxsys.core.cost import LinearCost
+
+    file = given.out / "comm.jsonl"
+    rows = read(file) if file.exists() else []
+    return {
+        row["flags"]["operator"]: LinearCost.from_dict(row["line"]) for row in rows if "line" in row
+    } or None
 
 
 def serve(given: argparse.Namespace) -> list[dict[str, Any]]:

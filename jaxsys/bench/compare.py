@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxsys.bench.records import label
+from jaxsys.bench.records import OWN_FIELDS, label
 
 LEVEL = 0.05
 LEAST_RUNS = 3
@@ -159,13 +159,7 @@ def number(row: Any, path: str) -> float | None:
 def _timed(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
     """All timed figures of a row by path, those whose numbers make sense."""
     for key, value in row.items():
-        if not isinstance(value, Mapping) or key in (
-            "machine",
-            "versions",
-            "git",
-            "environment",
-            "flags",
-        ):
+        if not isinstance(value, Mapping) or key in OWN_FIELDS:
             continue
         names = ("median_s", "low_s", "high_s", "runs")
         figure = {name: number(value, name) for name in names}

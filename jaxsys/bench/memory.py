@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_TOP_PAD_": "0",
+    "MALLOC_MMAP_MAX_": "65536",  # glibc's own; the caller may run without
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 

@@ -22,7 +22,7 @@ from jaxsys.core.measure import Timing, machine
 FORMAT = 1
 KINDS = ("train", "finetune", "serve", "modules", "ops", "comm", "static")
 STATUSES = ("ok", "out of memory", "not here")
-_OWN = ("format", "kind", "machine", "versions", "git", "environment", "flags", "seed")
+OWN_FIELDS = ("format", "kind", "machine", "versions", "git", "environment", "flags", "seed")
 _VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_", "OMP_NUM_THREADS")
 
 
@@ -57,7 +57,7 @@ def record(kind: str, seed: int | None, flags: Mapping[str, Any], **fields: Any)
         )
     if status != "ok" and not fields.get("why"):
         raise UserError(f"a row with status {status!r} has no why; say in a sentence why; pass why")
-    if taken := [name for name in fields if name in _OWN]:
+    if taken := [name for name in fields if name in OWN_FIELDS]:
         raise UserError(
             f"{', '.join(taken)} cannot be a field; each row has its own; give it another name"
         )
