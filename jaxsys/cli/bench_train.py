@@ -10,10 +10,56 @@ from jaxsys.cli.options import Common
 from jaxsys.core.errors import UserError
 
 Model = Annotated[str, tyro.conf.Positional]
+Recompute = Literal["none", "full", "dots", "weight_dots", "host_dots"]
+Attention = Literal["plain", "xla", "cudnn"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Common):
+class GridConfig(Common):
+    """What the verbs share that compile steps under combinations of techniques.
+
+    Attributes:
+      json: Print one JSON object on standard output, and progress on standard error.
+      out: Folder to whose results file rows are added.
+      seed: Seed of weights and text.
+      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
+        path, of which the configuration is read.
+      batch: Rows of a step over all devices.
+      tokens: Tokens of a row.
+      most: Techniques that are changed at once at most, from the base.
+      recompute: What the backward pass computes again; the first value of each of these options is
+        the base, and every further value is tried.
+      attention: How attention is computed.
+      zero: Stage of ZeRO over the devices.
+      offload: What rests in host memory.
+      weights: Of frozen matrices, where some are frozen.
+      dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
+      layers: One after another in the program, or one block in a loop, which compiles in seconds at
+        any depth.
+      accumulate: Micro-batches to a step.
+      virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
+      budget_gib: Memory of one device that may be used; 0: what is free.
+    """
+
+    model: Model = "small"
+    batch: int = 4
+    tokens: int = 256
+    most: int = 1
+    recompute: tuple[Recompute, ...] = ("none", "full", "weight_dots")
+    attention: tuple[Attention, ...] = ("plain", "xla", "cudnn")
+    zero: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    offload: tuple[Offload, ...] = ("none", "optimizer", "parameters")
+    weights: tuple[Literal["full", "int8", "4bit"], ...] = ("full",)
+    dtype: tuple[Literal["f32", "bf16", "mixed"], ...] = ("f32", "bf16", "mixed")
+    layers: tuple[Literal["unrolled", "scan"], ...] = ("unrolled", "scan")
+    accumulate: tuple[int, ...] = (1, 4)
+    virtual: int = 0
+    budget_gib: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(GridConfig):
     """Measure a training step under combinations of techniques; weights and text are random.
 
     Attributes:
@@ -32,38 +78,17 @@ class TrainConfig(Common):
       offload: What rests in host memory.
       weights: Of frozen matrices, where some are frozen.
       dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      donate: The step writes over the state that it was given.
-      layers: One after another in the program, or one block in a loop.
+      layers: One after another in the program, or one block in a loop, which compiles in seconds at
+        any depth.
       accumulate: Micro-batches to a step.
       virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
       budget_gib: Memory of one device that may be used; 0: what is free.
+      donate: The step writes over the state that it was given.
       runs: Timed rounds.
       memory: Measure peak memory too, each cell in a process of its own.
     """
 
-    model: Model = "small"
-    batch: int = 4
-    tokens: int = 256
-    most: int = 1
-    recompute: tuple[Literal["none", "full", "dots", "weight_dots", "host_dots"], ...] = (
-        "none",
-        "full",
-        "weight_dots",
-    )
-    attention: tuple[Literal["plain", "xla", "cudnn"], ...] = ("plain", "xla", "cudnn")
-    zero: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
-    offload: tuple[Literal["none", "optimizer", "parameters"], ...] = (
-        "none",
-        "optimizer",
-        "parameters",
-    )
-    weights: tuple[Literal["full", "int8", "4bit"], ...] = ("full",)
-    dtype: tuple[Literal["f32", "bf16", "mixed"], ...] = ("f32", "bf16", "mixed")
     donate: tuple[bool, ...] = (False, True)
-    layers: tuple[Literal["unrolled", "scan"], ...] = ("unrolled", "scan")
-    accumulate: tuple[int, ...] = (1, 4)
-    virtual: int = 0
-    budget_gib: float = 0.0
     runs: int = 10
     memory: bool = True
 
@@ -74,9 +99,10 @@ class FinetuneConfig(TrainConfig):
 
     Attributes:
       json: Print one JSON object on standard output, and progress on standard error.
-      out: Folder to whose finetune.jsonl rows are added; cells that are in it are not run.
+      out: Folder to whose finetune.jsonl rows are added; cells that are in it already are not run.
       seed: Seed of weights, text and the order of timing.
-      model: A named shape (small, llama-1.3b, llama2-7b, …) or a model's path.
+      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
+        path, of which the configuration is read.
       batch: Rows of a step over all devices.
       tokens: Tokens of a row.
       most: Techniques that are changed at once at most, from the base.
@@ -85,13 +111,14 @@ class FinetuneConfig(TrainConfig):
       attention: How attention is computed.
       zero: Stage of ZeRO over the devices.
       offload: What rests in host memory.
-      weights: Of frozen matrices; qlora is 4bit whatever stands here.
+      weights: Of frozen matrices; with qlora it is 4bit whatever stands here.
       dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      donate: The step writes over the state that it was given.
-      layers: One after another in the program, or one block in a loop.
+      layers: One after another in the program, or one block in a loop, which compiles in seconds at
+        any depth.
       accumulate: Micro-batches to a step.
       virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
       budget_gib: Memory of one device that may be used; 0: what is free.
+      donate: The step writes over the state that it was given.
       runs: Timed rounds.
       memory: Measure peak memory too, each cell in a process of its own.
       methods: What is trained; qlora is LoRA beside 4-bit codes, qlora8 beside 8-bit ones.
@@ -99,26 +126,29 @@ class FinetuneConfig(TrainConfig):
       prompt_tokens: Vectors of a prompt.
     """
 
+    most: int = 0
     methods: tuple[Literal["full", "lora", "qlora", "qlora8", "prompt"], ...] = (
         "full",
         "lora",
         "qlora",
         "prompt",
     )
-    most: int = 0
     rank: int = 8
     prompt_tokens: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticConfig(TrainConfig):
+class StaticConfig(GridConfig):
     """Report a step that is never run: operations, bytes, memory, exchange, least time; what fits.
+
+    Each step is compiled with and without donation.
 
     Attributes:
       json: Print one JSON object on standard output, and progress on standard error.
-      out: Folder to whose static.jsonl rows are added; cells that are in it are not run.
+      out: Folder to whose static.jsonl rows are added.
       seed: Seed; nothing here is random.
-      model: A named shape (small, llama-1.3b, llama2-7b, …) or a model's path.
+      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
+        path, of which the configuration is read.
       batch: Rows of a step over all devices.
       tokens: Tokens of a row.
       most: Techniques that are changed at once at most, from the base.
@@ -129,50 +159,43 @@ class StaticConfig(TrainConfig):
       offload: What rests in host memory.
       weights: Of frozen matrices, where some are frozen.
       dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      donate: Each step is reported with and without, so there is nothing to try.
-      layers: One block in a loop compiles in seconds at any depth.
+      layers: One after another in the program, or one block in a loop, which compiles in seconds at
+        any depth.
       accumulate: Micro-batches to a step.
       virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
-      budget_gib: With --fits: memory of one device.
-      runs: Nothing is timed.
-      memory: Nothing is measured.
+      budget_gib: Memory of one device that may be used; 0: what is free.
       method: What is trained.
       fits: Find the largest batch of each combination within the budget instead.
     """
 
-    most: int = 1
-    recompute: tuple[Literal["none", "full", "dots", "weight_dots", "host_dots"], ...] = (
-        "none",
-        "full",
-    )
-    attention: tuple[Literal["plain", "xla", "cudnn"], ...] = ("plain",)
-    offload: tuple[Literal["none", "optimizer", "parameters"], ...] = ("none",)
+    recompute: tuple[Recompute, ...] = ("none", "full")
+    attention: tuple[Attention, ...] = ("plain",)
+    offload: tuple[Offload, ...] = ("none",)
     dtype: tuple[Literal["f32", "bf16", "mixed"], ...] = ("f32",)
-    donate: tuple[bool, ...] = (True,)
     layers: tuple[Literal["unrolled", "scan"], ...] = ("scan",)
     accumulate: tuple[int, ...] = (1,)
     method: Literal["pretrain", "full", "lora", "prompt"] = "pretrain"
     fits: bool = False
 
 
-_FIELDS = ("recompute", "attention", "zero", "offload", "weights", "dtype", "donate", "layers",
+_FIELDS = ("recompute", "attention", "zero", "offload", "weights", "dtype", "layers",
            "accumulate")  # fmt: skip
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: GridConfig) -> None:
     for name, least in (("batch", 1), ("tokens", 1), ("most", 0), ("runs", 1), ("virtual", 0)):
-        value = getattr(config, name)
+        value = getattr(config, name, least)
         if value < least:
             raise UserError(f"--{name} is {value}; expected {least} or more; raise it")
     if any(n < 1 for n in config.accumulate):
         raise UserError(f"--accumulate is {config.accumulate}; expected 1 or more; raise it")
-    if empty := [name for name in _FIELDS if not getattr(config, name)]:
+    if empty := [name for name in (*_FIELDS, "donate") if not getattr(config, name, True)]:
         raise UserError(f"--{empty[0]} has no value; expected one at least; give it or leave it")
     if config.budget_gib < 0:
         raise UserError(f"--budget-gib is {config.budget_gib}; expected 0 or more; raise it")
 
 
-def _devices(config: TrainConfig) -> None:
+def _devices(config: GridConfig) -> None:
     """Settle the devices; before this nothing may have started JAX."""
     import os
 
@@ -187,10 +210,11 @@ def _devices(config: TrainConfig) -> None:
         jax.config.update("jax_num_cpu_devices", config.virtual)
 
 
-def _techniques(config: TrainConfig) -> Any:
+def _techniques(config: GridConfig) -> Any:
     from jaxsys.bench.techniques import Technique, combinations
 
     choices = {name: getattr(config, name) for name in _FIELDS}
+    choices["donate"] = getattr(config, "donate", (True,))
     base = Technique(**{name: values[0] for name, values in choices.items()})
     return combinations(choices, base=base, most=config.most)
 
@@ -202,7 +226,7 @@ def _earlier(config: TrainConfig, kind: str) -> list[dict[str, Any]]:
     return read(path) if path is not None and path.exists() else []
 
 
-def _keeper(config: TrainConfig, kind: str, bar: Any, total: int) -> Any:
+def _keeper(config: GridConfig, kind: str, bar: Any, total: int) -> Any:
     from jaxsys.core.report import append_jsonl
 
     seen: list[Any] = []
@@ -220,7 +244,7 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _show(config: TrainConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _show(config: GridConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from jaxsys.bench.report import sections
     from jaxsys.core.report import print_table
 
