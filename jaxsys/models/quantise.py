@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.tree import match, unflatten
+from jaxsys.models.rows import row_product
 
 # Matrices inside numbered blocks: `model.layers.3.mlp.up_proj.weight`, `h.0.attn.c_attn.weight`.
 BLOCK_WEIGHTS = ("*.[0-9]*.weight",)
@@ -105,7 +106,7 @@ class QuantisedInt8(_Weight):
         return self.values.astype(jnp.float32) * self.scale[:, None]
 
     def _one_row(self, x: Array) -> Array:
-        return (self.values.astype(jnp.float32) * x[None]).sum(-1) * self.scale
+        return row_product(self.values, x) * self.scale
 
 
 @partial(

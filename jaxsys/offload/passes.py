@@ -286,7 +286,7 @@ class _Mixture:
             late_s = max(0.0, self.schedule.end_s[copy] - now_s) if copy else 0.0
             # A copy that is under way is waited for unless the CPU would be done before.
             waited = not late_s or late_s + costs.accelerator_s(n) <= costs.cpu_s(n)
-            resident.append(bool(state.resident[self.row, e]) and waited)
+            resident.append(bool(state.resident[self.row, e] and waited))
             copies.append(copy if late_s and waited else "")
         busy_s = max(0.0, self.schedule.free_s.get("link", 0.0) - now_s)
         counts = [n for _, n in active]

@@ -7,12 +7,14 @@ from math import ceil, floor
 
 from jaxsys.core.errors import UserError
 from jaxsys.core.report import format_bytes, format_seconds, markdown_table
+from jaxsys.offload.cost import accelerator_s, cpu_s
 from jaxsys.offload.limit import limit
 from jaxsys.offload.partition import split, terms_of, whole
 from jaxsys.offload.predict import hit_rate, predict, predicted_prefill_s
 from jaxsys.offload.types import Machine, Part, Plan, Terms, Where, column_bytes
 
 BUFFERS = 2  # one is filled while the other is read
+_UNITS = ("cpu", "accelerator")
 
 
 def make_plan(
@@ -29,12 +31,14 @@ def make_plan(
 ) -> Plan:
     """Plan residency, copies per use and the caches' places, for the least predicted time.
 
-    Attention comes first, each layer's with its cache, then the head, then MLPs and experts by
-    activations per byte until the budget is full. What is not resident is split between CPU and
-    link by `partition.split`. Several such plans are predicted and the fastest is taken: with
-    buffers for whole copies (which prompts want), for planned ones, or without; MLPs and experts
-    filled one after another or all by the same share; experts cut by columns or whole, about which
-    is decided as they are used; and everything on the CPU.
+    Attention comes first, each layer's with its cache, then the head (both only where the
+    accelerator is the faster one, for nothing runs beside them), then MLPs and experts by
+    activations per byte until the budget is full, or until the CPU is just kept busy by the rest.
+    What is not resident is split between CPU and link by `partition.split`. Several such plans are
+    predicted and the fastest is taken: with buffers for whole copies (which prompts want), for
+    planned ones, or without; MLPs and experts filled one after another or all by the same share;
+    experts cut by columns or whole, about which is decided as they are used; and everything on the
+    CPU.
 
     Reconstruction: ScheInfer's adaptive partition is described by its aim only.
 
@@ -75,12 +79,14 @@ def make_plan(
     sparse = any(part.kind == "expert" for part in parts)
     cuts = ((False, True) if sparse else (False,)) if cut_experts is None else (cut_experts,)
     found = [replace(cpu_only, budget_bytes=budget)]
-    for cut, copies, even in product(cuts, ("whole", "planned", "none"), (True, False)):
+    most_kept = (1.0, _busy_share(parts, machine))
+    fills = product(cuts, ("whole", "planned", "none"), (True, False), most_kept)
+    for cut, copies, even, most in fills:
         buffer = _buffer_bytes(parts, machine, cut, copies)
         room = budget - workspace_bytes - buffer
         if room < 0 or (copies != "none" and not buffer):
             continue
-        resident = _fill(parts, room, cache_bytes, even, cut, column_step)
+        resident = _fill(parts, machine, room, most, cache_bytes, even, cut, column_step)
         stream = _streams(parts, machine, resident, buffer, cut, column_step)
         found.append(
             _finish(
@@ -126,13 +132,25 @@ def _buffer_bytes(parts: Sequence[Part], machine: Machine, cut: bool, copies: st
     return BUFFERS * largest
 
 
-def _fill(parts, room: int, cache_bytes: int, even: bool, cut: bool, column_step: int) -> list[int]:
+def _busy_share(parts: Sequence[Part], machine: Machine) -> float:
+    """The resident share of feed-forward parts at which CPU and accelerator end together."""
+    modules = [whole(part, machine) for part in parts if part.kind in ("mlp", "expert")]
+    cpu, accelerator = (sum(getattr(w, f"{unit}_s") for w in modules) for unit in _UNITS)
+    return cpu / (cpu + accelerator) if modules else 1.0
+
+
+def _fill(
+    parts, machine, room: int, most: float, cache_bytes: int, even: bool, cut: bool, column_step: int
+) -> list[int]:
     """Choose resident columns: attention, head, then by activations per byte; embeddings last."""
     resident = [0] * len(parts)
     rank = {"attention": 0, "norms": 1, "head": 1, "mlp": 2, "expert": 2, "embed": 3}
     order = sorted(
         (i for i, part in enumerate(parts) if part.n_bytes),
-        key=lambda i: (rank[parts[i].kind], -parts[i].frequency / parts[i].n_bytes),
+        # Equals from all layers in turn: a layer of misses alone leaves the accelerator idle.
+        key=lambda i: (
+            rank[parts[i].kind], -parts[i].frequency / parts[i].n_bytes, parts[i].expert
+        ),
     )
 
     def take(i: int, columns: int) -> None:
@@ -142,10 +160,13 @@ def _fill(parts, room: int, cache_bytes: int, even: bool, cut: bool, column_step
         if columns and n_bytes <= room:
             resident[i], room = columns, room - n_bytes
 
-    early = [i for i in order if rank[parts[i].kind] < 2]
+    faster = [i for i in order if accelerator_s(parts[i], machine) <= cpu_s(parts[i], machine)]
+    for i in faster:
+        if rank[parts[i].kind] < 2:
+            take(i, 1)
     ffn = [i for i in order if rank[parts[i].kind] == 2]
-    for i in early:
-        take(i, 1)
+    spare = max(0, room - ceil(most * sum(parts[i].n_bytes for i in ffn)))
+    room -= spare
     if even:
         for i, share in _even(parts, ffn, room, cut).items():
             step = _step(parts[i], column_step)
@@ -158,7 +179,8 @@ def _fill(parts, room: int, cache_bytes: int, even: bool, cut: bool, column_step
         fits = room * columns // parts[i].n_bytes if parts[i].kind == "mlp" or cut else 0
         whole_fits = column_bytes(parts[i], columns) <= room
         take(i, columns if whole_fits else max(resident[i], min(fits, columns) // step * step))
-    for i in order:
+    room += spare
+    for i in faster:
         if parts[i].kind == "embed":
             take(i, 1)
     return resident

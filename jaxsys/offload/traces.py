@@ -1,6 +1,9 @@
 """Recorded routing: which experts each token visited, to compare caches and schedules on."""
 
+import lzma
 import os
+import struct
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +17,11 @@ from jaxsys.core.report import atomic_write
 
 MOST_NUMBERS = 2**28  # of one array in a file
 _NAMES = ("experts", "sequence", "scores", "early", "n_experts")
+# What the standard library and NumPy raise for archives that are damaged or made up.
+_SPOILT = (
+    OSError, ValueError, TypeError, EOFError, KeyError, OverflowError, NotImplementedError,
+    RuntimeError, BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +169,8 @@ class Trace:
         jaxsys.core.errors.UserError: the trace no/such.npz cannot be read ...
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as file:
+            # Opened here, for NumPy leaves the file open if it is no archive.
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 names = set(file.files)
                 if not {"experts", "sequence", "n_experts"} <= names <= set(_NAMES):
                     raise ValueError(f"it holds {sorted(names)}")
@@ -172,7 +181,7 @@ class Trace:
                 wanted = {"experts": 3, "sequence": 1}.get(name, 3)
                 if found[name].ndim != wanted or not np.issubdtype(found[name].dtype, kind):
                     raise ValueError(f"{name} is {found[name].dtype} of {found[name].ndim} axes")
-        except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        except _SPOILT as error:
             raise UserError(
                 f"the trace {path} cannot be read ({error}); expected what `Trace.save` wrote; "
                 "record it again"

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# XLA:CPU converts bfloat16 matrices slowly below this many rows; a fused multiply-and-sum does not.
+from jaxsys.models.rows import row_product
+
+# XLA:CPU converts bfloat16 matrices slowly below this many rows; `row_product` does not.
 FEW_ROWS = 4
 
 
@@ -51,11 +53,7 @@ def _dense(rows: Array, weight: Array, in_out: bool) -> Array:
 
 
 def _by_row(rows: Array, weight: Array) -> Array:
-    def one(row: Array) -> Array:
-        terms = weight.astype(jnp.float32) * row.astype(jnp.float32)[None]
-        return terms.sum(-1)
-
-    return jnp.stack([one(row) for row in rows]).astype(rows.dtype)
+    return jnp.stack([row_product(weight, row) for row in rows]).astype(rows.dtype)
 
 
 def rows_of(weight: Any, indices: Array) -> Array:
