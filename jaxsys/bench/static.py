@@ -23,7 +23,7 @@ from jaxsys.core.cost import LinearCost
 from jaxsys.core.flops import Scoped
 from jaxsys.models.lm import LMConfig
 
-EXCHANGES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+EXCHANGES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "permute")
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
      "partition-id", "replica-id", "iota", "opt-barrier")
@@ -61,7 +61,7 @@ class Exchange(NamedTuple):
 
     Attributes:
       count: how often it runs.
-      n_bytes: in all, of what each device gives or gets, whichever is more.
+      n_bytes: in all, of what each device gives (an all-gather gets that many from each).
 
     >>> Exchange(2, 100).count
     2
@@ -187,14 +187,11 @@ def exchanges(module: hlo.Module) -> dict[str, Exchange]:
     """
     found: dict[str, Exchange] = {}
     for instruction, times in _run(module, module.entry, 1):
-        kind = instruction.opcode.removesuffix("-start")
+        kind = instruction.opcode.removesuffix("-start").removeprefix("collective-")
         if kind in EXCHANGES:
             given = sum(_bytes(module, name) for name in instruction.operands)
-            # An asynchronous start gives its operand beside its result.
-            written = instruction.n_bytes - (given if kind != instruction.opcode else 0)
             before = found.get(kind, Exchange(0, 0))
-            n_bytes = times * max(given, written)
-            found[kind] = Exchange(before.count + times, before.n_bytes + n_bytes)
+            found[kind] = Exchange(before.count + times, before.n_bytes + times * given)
     return found
 
 
