@@ -13,10 +13,12 @@ pause; checked by a timed exchange). Devices have 0.5, 0.5, 0.25 and 0.25 of a c
 throttle: a worker sleeps in proportion to the processor time that it used (isolate.py says why not
 a CPU quota). The devices are listed in the order in which they might have joined, sites in
 turn; equal-number and equal-compute use that order, which is what costs them most. All plans are
-run in one set of processes, a step each in turns. Plans are made from the profile in a file, so
-that their programs can be compiled beforehand. Before the rounds that count, each is predicted
-twice: from the model's blocks and links, measured anew by these processes (a machine's speed
-drifts by a quarter within minutes), and from the stages' own times in two rounds of warm-up.
+run in one set of processes in turns, two steps each, of which the second counts: the first brings
+the plan's own data back into the caches, where a run of one plan has it. Plans are made from the
+profile in a file, so that their programs can be compiled beforehand. Each is predicted twice: from
+a profile that is measured anew in turns with the plans, since the machine's speed drifts by a
+quarter within minutes (programs alone, and steps of two trial plans, none of those that are
+predicted; links before), and from the stages' own times in two rounds of warm-up.
 Results of other rates are kept.
 """
 
@@ -29,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsys.cluster import join, launch
+from jaxsys.cluster.heap import keep_freed_memory
 from jaxsys.core.errors import UserError
 from jaxsys.core.measure import bootstrap_ci, machine
 from jaxsys.core.report import atomic_write, figure, markdown_table, save_figure, to_json
@@ -36,6 +39,7 @@ from jaxsys.pipeline.place import Place
 
 HERE = Path(__file__).parent
 MARK = "@netlab "
+READY_BYTES = 2**28  # more than a worker has in use
 METHODS = ("equal-number", "equal-compute", "op-fence", "exact")
 CODECS = ("dense", "uniform", "adatopk")
 FULL = {"blocks": 8, "width": 128, "heads": 4, "length": 64, "batch": 16, "micro_batches": 4,
@@ -79,6 +83,7 @@ def model(options: dict):
 
 def worker(options: dict) -> None:
     """Profile, or run every plan in turns, in one of the processes."""
+    keep_freed_memory(READY_BYTES)
     member = join(local_devices=1, distributed=False)
     import jax
 
@@ -139,8 +144,10 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
     from jaxsys.core.stages import cut_at
     from jaxsys.pipeline.execute import Worker
     from jaxsys.pipeline.messages import step_bytes
-    from jaxsys.pipeline.probe import gather
+    from jaxsys.pipeline.probe import gather, measure_links
+    from jaxsys.pipeline.profile import Session
     from jaxsys.pipeline.renumbered import Renumbered
+    from jaxsys.pipeline.trial import span_seconds
     from jaxsys.train import optimizers
 
     graph, work, fleet, rows = plans_of(options, setup)
@@ -163,23 +170,37 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
             step_bytes(staged[plan.boundaries], plan, jax.tree.leaves(shapes)).values()
         )
         row["step_s"], row["bytes"] = [], []
+    optimizer = optimizers.adamw(lr=1e-4)
+    parts = options["micro_batches"]
+    session = Session(setup, parts, transport, "scope", optimizer, throttle_of())
+    links = measure_links(transport)
     turn, own = 1000, [[] for _ in rows]
     for k in range(1 + options["warm"] + options["rounds"]):
         if k == 1 + options["warm"]:
-            predict_anew(rows, graph, profiled(options, setup, transport))
             predict_again(rows, own, work, fleet, transport)
+            own = [[] for _ in rows]
+        if k > options["warm"]:
+            session.sample()
         for i in (np.arange(len(rows)) + k) % len(rows):
-            turn += 2
-            gather(transport, np.zeros(1), turn)
-            state = states[i]._replace(step=turn)
-            states[i], info = workers[i].step(state, setup.data(k))
+            for _ in range(
+                2 if k else 1
+            ):  # the first brings the plan's own data back into the caches
+                turn += 2
+                gather(transport, np.zeros(1), turn)
+                state = states[i]._replace(step=turn)
+                states[i], info = workers[i].step(state, setup.data(k))
             sent = float(sum(info.sent_bytes.values()))
             everyone = gather(transport, np.array([info.step_s, sent]), turn + 1)
-            if 1 <= k < 1 + options["warm"]:
-                own[i].append(stage_times(info))
-            elif k:
+            if k:
+                own[i].append(span_seconds([info]))
+            if k > options["warm"]:
                 rows[i]["step_s"].append(float(everyone[:, 0].max()))
                 rows[i]["bytes"].append(float(everyone[:, 1].sum()))
+    predict_anew(rows, graph, session.profile(links, 1e9, options["sites"]))
+    for row, times in zip(rows, own, strict=True):
+        turn += 2
+        every = gather(transport, np.median(times or [[0.0] * 3], axis=0), turn)
+        row["stages_own_s"] = every[list(row["plan"].devices)].tolist()
     return [
         {k: v for k, v in row.items() if k != "plan"}
         | {"boundaries": row["plan"].boundaries, "devices": row["plan"].devices,
@@ -188,21 +209,15 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
     ]  # fmt: skip
 
 
-def stage_times(info) -> list[float]:
-    """Median seconds of one forward and one backward of this process's stage, and of the update."""
-    kinds: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
-    for span in info.spans:
-        kinds[span.name.split()[0]].append(span.end_s - span.start_s)
-    return [float(np.median(kinds[name])) for name in kinds]
-
-
 def predict_anew(rows, graph, found) -> None:
-    """Predict each plan from what process 0 was told just now."""
+    """Predict each plan from what process 0 was told of all rounds."""
     for row in rows if found is not None else ():
         row["planned_s"] = row["predicted_s"]
-        row["alone"], row["overheads"] = found.alone, tuple(found.overheads)
+        row["notes"], row["overheads"] = found.notes, tuple(found.overheads)
         row["rates"] = (found.fleet.bytes_per_s * 8e-6).round(2).tolist()
         row["predicted_s"] = found.predict(graph, row["plan"]).makespan_s
+        costs = found.costs(graph, row["plan"])
+        row["stages_s"] = np.transpose([costs.forward_s, costs.backward_s, costs.update_s]).tolist()
 
 
 def predict_again(rows, own, work, fleet, transport) -> None:
@@ -279,8 +294,9 @@ def report(results: list[dict], out: Path) -> str:
         f"GPT-2 of {options['blocks']} blocks of width {options['width']}, {options['batch']} "
         f"sequences of {options['length']} bytes in {options['micro_batches']} micro-batches, "
         f"1F1B, float32; AdaTopK and uniform top-k at r = {options['ratio']:g}. Medians of "
-        f"{options['rounds']} steps, plans in turns, the slowest process counting, with 95 % "
-        "bootstrap intervals; in brackets by how much the measured time is above the prediction. "
+        f"{options['rounds']} steps, plans in turns (the second of two steps each), the slowest "
+        "process counting, with 95 % bootstrap intervals; in brackets by how much the measured "
+        "time is above the prediction. "
         "The devices' speeds are " + ", ".join(map(str, options["cores"])) + " of a core's, by a "
         "throttle.\n",
     ]

@@ -83,6 +83,7 @@ class TrainConfig(FleetConfig):
       threshold: Least predicted gain for which the plan is remade when a device is slow; 0 never.
       silence_s: Seconds of silence after which a device counts as lost.
       error_feedback: Add to a gradient what compression took from earlier ones.
+      clip_norm: Bound on the norm of the whole gradient, over all stages; none if left out.
       transport: sockets (TCP) or engine (JAX's transfer engine).
       port: Port of the coordinator; a free one by default.
       loggers: tensorboard, wandb; metrics.jsonl is always written.
@@ -98,6 +99,7 @@ class TrainConfig(FleetConfig):
     threshold: float = 1.2
     silence_s: float = 10.0
     error_feedback: bool = False
+    clip_norm: float | None = None
     transport: Literal["sockets", "engine"] = "sockets"
     port: int | None = None
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()

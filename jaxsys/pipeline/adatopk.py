@@ -6,7 +6,9 @@ from itertools import pairwise
 import numpy as np
 
 from jaxsys.core.errors import UserError
+from jaxsys.pipeline.codec import encoded_bytes
 from jaxsys.pipeline.devices import Fleet
+from jaxsys.pipeline.estimate import NO_OVERHEADS, Overheads
 from jaxsys.pipeline.work import Work
 
 
@@ -18,6 +20,7 @@ def adaptive_ratios(
     ratio: float | int,
     *,
     backward: bool = False,
+    overheads: Overheads = NO_OVERHEADS,
     dtype: str = "float32",
 ) -> tuple[float, ...]:
     """Choose how many elements per kept element each boundary sends.
@@ -30,7 +33,8 @@ def adaptive_ratios(
     Reconstruction: the paper's factor is recalled as 3, which is f for 4-byte values with 8-byte
     indices. With packed indices, or a bitmap where that is smaller, f depends on how many are
     kept: it is the one with which the message takes its share of the bytes, exactly where one value
-    crosses the boundary.
+    crosses the boundary. With measured overheads a boundary goes dense where compressing a message
+    and bringing it back takes longer than the link saves; that is ours.
 
     Args:
         work: the graph's costs.
@@ -39,6 +43,7 @@ def adaptive_ratios(
         devices: device of each stage, [S].
         ratio: r ≥ 1, by how much the slowest boundary's message shrinks.
         backward: for the cotangents, which cross the links the other way.
+        overheads: measured seconds of codecs and of handing over bytes.
         dtype: type of the values.
 
     Returns:
@@ -79,4 +84,20 @@ def adaptive_ratios(
     room = n_bytes / np.maximum(shrink, 1)
     kept = np.maximum(room / (size + bits / 8), (room - elements / 8) / size)
     found = np.where(shrink > 1, elements / np.maximum(np.floor(kept), 1), 1.0)
-    return tuple(float(max(1.0, r)) for r in found)
+    ratios = [max(1.0, float(r)) for r in found]
+    for i, (p, q) in enumerate(pairs):
+        fewer = sum(encoded_bytes((n // size,), dtype, ratios[i], "topk") for n in sent[i])
+        saved_s = float(dense[i]) - fleet.transfer_s(p, q, fewer)
+        if saved_s < _coding_s(fleet, p, q, float(n_bytes[i]), fewer, ratios[i], overheads):
+            ratios[i] = 1.0
+    return tuple(ratios)
+
+
+def _coding_s(
+    fleet: Fleet, p: int, q: int, n_bytes: float, fewer: int, ratio: float, beside: Overheads
+) -> float:
+    """Seconds that both ends of a message take more when it is compressed."""
+    sender, receiver = beside.reference_flops_s / fleet.speed_flops_s[[p, q]]
+    encode = beside.encode_s_per_byte + beside.encode_s_per_kept / ratio
+    codec_s = n_bytes * (encode * sender + beside.decode_s_per_byte * receiver)
+    return float(codec_s - beside.message_s_per_byte * (n_bytes - fewer) * (sender + receiver))

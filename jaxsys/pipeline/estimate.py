@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from jaxsys.core.cost import fit_linear
 from jaxsys.core.errors import UserError
@@ -162,40 +161,6 @@ class Costs(NamedTuple):
     messages: tuple[Message, ...]
     devices: tuple[int, ...]
     update_s: tuple[float, ...] = ()
-
-    def mixed(self, other: "Costs", share: Sequence[float] | Float[np.ndarray, "S"]) -> "Costs":
-        """Go from another estimate of the same plan towards this one.
-
-        Args:
-            other: the other one.
-            share: how far each stage goes, 0 (other) to 1 (this), [S].
-
-        >>> Costs((2.0,), (4.0,), (), (0,)).mixed(Costs((1.0,), (2.0,), (), (0,)), [0.5]).forward_s
-        (1.5,)
-        """
-        forward, backward = (
-            tuple(float(b + f * (a - b)) for a, b, f in zip(mine, others, share, strict=True))
-            for mine, others in (
-                (self.forward_s, other.forward_s),
-                (self.backward_s, other.backward_s),
-            )
-        )
-        return self._replace(forward_s=forward, backward_s=backward)
-
-    def scaled(self, by: Sequence[float] | Float[np.ndarray, "S"]) -> "Costs":
-        """Let each stage take a multiple of its seconds.
-
-        Args:
-            by: the factor of each stage, [S].
-
-        >>> Costs((1.0, 1.0), (2.0, 2.0), (), (0, 1)).scaled([1.0, 0.5]).backward_s
-        (2.0, 1.0)
-        """
-        forward, backward, update = (
-            tuple(float(t * f) for t, f in zip(seconds, by, strict=True)) if seconds else ()
-            for seconds in (self.forward_s, self.backward_s, self.update_s)
-        )
-        return self._replace(forward_s=forward, backward_s=backward, update_s=update)
 
 
 def costs_of(

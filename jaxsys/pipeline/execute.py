@@ -19,6 +19,7 @@ from jaxsys.core import tree
 from jaxsys.core.errors import UserError
 from jaxsys.core.stages import StagedLoss
 from jaxsys.pipeline import messages
+from jaxsys.pipeline.clip import clipped
 from jaxsys.pipeline.messages import Route
 from jaxsys.pipeline.plan import Plan
 from jaxsys.pipeline.schedule import Action, actions
@@ -33,11 +34,13 @@ class Worker:
         plan: the plan.
         transport: to the other workers; its rank says which part this is (`messages.rank_of`).
         optimizer: any optax transformation; it gets each leaf for itself, so one that looks at the
-            whole tree (a bound on the global norm) sees that leaf only.
+            whole tree sees that leaf only.
         params: the whole tree of parameters, or their shapes and types.
         error_feedback: add to a cotangent what compression took from the one before on its link.
             Gradients of leaves that several workers share always have that where they are
             compressed.
+        clip_norm: bound on the norm of the whole gradient, over all stages (`clip`); none by
+            default.
         throttle: makes this worker as slow as the device that it stands for.
 
     Attributes:
@@ -71,6 +74,7 @@ class Worker:
         params: Any,
         *,
         error_feedback: bool = False,
+        clip_norm: float | int | None = None,
         throttle: Throttle = FULL_SPEED,
     ) -> None:
         _check(staged, plan, transport)
@@ -100,8 +104,9 @@ class Worker:
             throttle,
         )
         self._actions = actions(plan.order, worker, plan.n_workers, plan.micro_batches, plan.chunks)
-        self._optimizer = optimizer
-        self._update = leaf_update(optimizer, plan.micro_batches * len(plan.chains))
+        self._optimizer, self._clip_norm = optimizer, clip_norm
+        self._parts = plan.micro_batches * len(plan.chains)
+        self._update = leaf_update(optimizer, self._parts)
 
     def init(self, params: Any) -> State:
         """Take this worker's leaves and make the optimiser's state for them.
@@ -161,6 +166,9 @@ class Worker:
         grads = yield from turn.shared(turn.sums())
         if len(part.plan.chains) > 1:
             grads = yield from turn.mean_over_chains(grads)
+        if self._clip_norm is not None:
+            own = [self.paths[j] for j in self.owned]
+            grads = yield from clipped(turn, grads, own, self._clip_norm, self._parts)
         new = {
             path: self._update(grad, state.opt_state[path], state.params[path])
             for path, grad in grads.items()

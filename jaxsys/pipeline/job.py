@@ -237,6 +237,7 @@ class Job:
       save_every: steps between checkpoints; 0 saves the last step only.
       remat: keep a stage's inputs only, and run it forward again before its backward.
       error_feedback: add to a gradient what compression took from earlier ones.
+      clip_norm: bound on the norm of the whole gradient, over all stages; none by default.
       transport: ``sockets`` or ``engine``.
       silence_s: silence after which a process counts as lost, in seconds.
 
@@ -253,6 +254,7 @@ class Job:
     save_every: int = 0
     remat: bool = False
     error_feedback: bool = False
+    clip_norm: float | int | None = None
     transport: str = "sockets"
     silence_s: float | int = 10.0
 
@@ -262,6 +264,10 @@ class Job:
             raise UserError(
                 f"steps is {self.steps}, save_every {self.save_every} and silence_s "
                 f"{self.silence_s}; a run needs at least 1, 0 and more than 0; correct them"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(
+                f"clip_norm is {self.clip_norm}; a bound is above 0; raise it or leave it out"
             )
 
     def to_json(self) -> str:

@@ -40,6 +40,7 @@ def local_run(
     params: Any,
     *,
     error_feedback: bool = False,
+    clip_norm: float | int | None = None,
 ) -> LocalRun:
     """Put all workers of a plan in this process, joined in memory.
 
@@ -51,6 +52,7 @@ def local_run(
         optimizer: any optax transformation that treats each leaf for itself.
         params: the tree of parameters, or shapes and types.
         error_feedback: as for `Worker`.
+        clip_norm: as for `Worker`.
 
     Returns:
         The functions of the run.
@@ -66,9 +68,8 @@ def local_run(
     (6.0, [[0.0], [0.0], [0.0]])
     """
     ends = in_memory(len(plan.chains) * plan.n_workers)
-    workers = [
-        Worker(staged, plan, end, optimizer, params, error_feedback=error_feedback) for end in ends
-    ]
+    given = {"error_feedback": error_feedback, "clip_norm": clip_norm}
+    workers = [Worker(staged, plan, end, optimizer, params, **given) for end in ends]
 
     def step(states: list[State], batch: Any) -> tuple[list[State], list[StepInfo]]:
         runs = {w.rank: w.run(s, batch) for w, s in zip(workers, states, strict=True)}

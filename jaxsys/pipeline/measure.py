@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxsys.cluster import join, launch, leave
 from jaxsys.cluster.events import Listener, say, say_mistake
+from jaxsys.cluster.heap import keep_freed_memory
 from jaxsys.cluster.sockets import connect
 from jaxsys.cluster.throttle import throttle_of
 from jaxsys.core.errors import UserError
@@ -116,6 +117,7 @@ def main(spec_file: str) -> None:
     """
     try:
         spec = json.loads(Path(spec_file).read_text())
+        keep_freed_memory()
         member = join(local_devices=1, distributed=False)
         transport = connect(member, timeout_s=_MEET_S, silence_s=60.0)
         first = member.process_id == 0

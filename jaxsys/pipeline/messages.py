@@ -4,6 +4,7 @@ Everything follows from the cut loss and the plan, so all processes agree withou
 bytes of a step are known before it runs (`step_bytes`).
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,8 @@ from jaxsys.pipeline import codec
 from jaxsys.pipeline.plan import Plan
 
 # First number of a message's key; then the step, a micro-batch or leaf, source and target.
-FORWARD, BACKWARD, SHARED, MEAN, LOSS = range(5)
-_LOSS_BYTES = 4
+FORWARD, BACKWARD, SHARED, MEAN, LOSS, NORM = range(6)
+_LOSS_BYTES = _NORM_BYTES = 4
 
 
 class Route(NamedTuple):
@@ -185,13 +186,16 @@ def loss_stage(staged: StagedLoss) -> int:
     return next(s for s, stage in enumerate(staged.stages) if staged.loss_name in stage.outputs)
 
 
-def step_bytes(staged: StagedLoss, plan: Plan, leaves: Sequence[Any]) -> dict[tuple[int, int], int]:
+def step_bytes(
+    staged: StagedLoss, plan: Plan, leaves: Sequence[Any], *, clip: bool = False
+) -> dict[tuple[int, int], int]:
     """Count the bytes that each process sends to each other one in a step, headers included.
 
     Args:
         staged: the loss, cut as the plan says.
         plan: the plan.
         leaves: parameter leaves, or their shapes and types, in flattening order.
+        clip: whether the norm of the whole gradient is bounded.
 
     Returns:
         (sending rank, receiving rank) to bytes; pairs that exchange nothing are absent. The wire's
@@ -224,6 +228,9 @@ def step_bytes(staged: StagedLoss, plan: Plan, leaves: Sequence[Any]) -> dict[tu
                 for b in ranks:
                     if a != b:
                         total[a, b] += HEADER_BYTES + size
+        ranks = [rank_of(plan, chain, w) for w in range(n_workers if clip else 0)]
+        for a, b in itertools.permutations(ranks, 2):
+            total[a, b] += HEADER_BYTES + _NORM_BYTES
         told = rank_of(plan, chain, loss_stage(staged))
         for other in range(n_chains * n_workers):
             if other != told:

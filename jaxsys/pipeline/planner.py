@@ -68,8 +68,8 @@ def make_plan(
         adaptive: AdaTopK rather than uniform top-k.
         devices: order of devices for all methods but ``search``, which takes it as its start.
         limits: what a stage keeps in memory.
-        overheads: what stages take beside their nodes; they count in ``predicted_s``, not where
-            a partition is chosen.
+        overheads: what stages take beside their nodes; they count in ``predicted_s`` and in
+            AdaTopK's ratios, not where a partition is chosen.
         dtype: type of the values on the links.
         seed: for communities and search.
         gap: share of T by which ``exact`` may miss the optimum; 1e-9, or 1e-4 above 20,000 devices
@@ -111,7 +111,9 @@ def make_plan(
         raise UserError(lack_of_memory(work, fleet, row * chunks, held, limits)) from error
     plans = []
     for chosen, cuts in ways:
-        there, back = _ratios(work, fleet, cuts, chosen * chunks, codec, ratio, adaptive, dtype)
+        there, back = _ratios(
+            work, fleet, cuts, chosen * chunks, codec, ratio, adaptive, overheads, dtype
+        )
         edges = np.array([0, *cuts, work.n_nodes])
         held = np.array(held_of(order, len(chosen), micro_batches, chunks))
         memory = stage_memory(work, edges[:-1], edges[1:], held, limits)
@@ -203,12 +205,14 @@ def _better_fence(make: Make, rows, label: dict[int, int], chunks: int):
     return min(found)[1:]
 
 
-def _ratios(work, fleet, cuts, devices, codec, ratio, adaptive, dtype):
+def _ratios(work, fleet, cuts, devices, codec, ratio, adaptive, overheads, dtype):
     if codec == "dense" or not cuts:
         return ((1.0,) * len(cuts),) * 2
     if _ada(codec, adaptive):
         return tuple(
-            adaptive_ratios(work, fleet, cuts, devices, ratio, backward=way, dtype=dtype)
+            adaptive_ratios(
+                work, fleet, cuts, devices, ratio, backward=way, overheads=overheads, dtype=dtype
+            )
             for way in (False, True)
         )
     uniform = float(ratio) if codec == "topk" else max(2.0, float(ratio))

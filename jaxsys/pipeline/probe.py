@@ -7,12 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from jaxsys.cluster.throttle import Throttle
 from jaxsys.cluster.transport import Transport
 from jaxsys.core.cost import PoorFitError, fit_linear
 
 _FIRST_BYTES, _MOST_BYTES, _LINK_S = 2**14, 2**24, 0.1
-_HOST_BYTES, _HOST_TIMES = 2**17, 5
 _KEY = 7  # first number of all keys of the probes
 
 
@@ -112,36 +110,6 @@ def _answer(transport: Transport, p: int) -> None:
         for k in range(count):
             transport.receive(p, (_KEY, 4, turn, k), [np.zeros(n_bytes, np.uint8)])
             transport.send(p, (_KEY, 5, turn, k), [np.zeros(1, np.uint8)])
-
-
-def host_s_per_byte(transport: Transport, throttle: Throttle) -> float:
-    """Measure what this device takes for a byte that it sends or receives, all in a ring at once.
-
-    Only a throttled device is slowed down by its messages: its threads share one core with its
-    computing, and a throttle counts the whole process. Elsewhere they run beside it.
-
-    Args:
-      transport: this process's.
-      throttle: of this device.
-
-    Returns:
-      Seconds; 0 without a throttle.
-
-    >>> from jaxsys.cluster.transport import in_memory
-    >>> host_s_per_byte(in_memory(1)[0], Throttle(1.0))
-    0.0
-    """
-    if throttle.share == 1.0 or transport.size == 1:
-        return 0.0
-    after, before = (transport.rank + 1) % transport.size, transport.rank - 1
-    payload, found = np.zeros(_HOST_BYTES, np.uint8), []
-    for k in range(_HOST_TIMES):
-        gather(transport, np.zeros(1), 50 + k)
-        begin_s = time.process_time()
-        transport.send(after, (_KEY, 6, k), [payload])
-        transport.receive(before % transport.size, (_KEY, 6, k), [payload])
-        found.append((time.process_time() - begin_s) / (2 * _HOST_BYTES) / throttle.share)
-    return statistics.median(found)
 
 
 def gather(transport: Transport, mine: np.ndarray, turn: int) -> np.ndarray:

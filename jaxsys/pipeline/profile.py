@@ -1,7 +1,8 @@
 """Measure a fleet on the spot: every device's speed on the model's own blocks, and every link.
 
 All devices are timed at the same time, since they may share a machine; links one after the other,
-since each number must belong to one. What is found is what `work_of` and `make_plan` take.
+since each number must belong to one. A few steps of a real pipeline over all devices come last
+(`pipeline.trial`). What is found is what `work_of` and `make_plan` take.
 """
 
 import dataclasses
@@ -21,31 +22,26 @@ from jaxsys.core.cost import PoorFitError
 from jaxsys.core.graph import Dag, dag
 from jaxsys.core.timeline import Timeline
 from jaxsys.pipeline.devices import Device, Fleet
-from jaxsys.pipeline.estimate import Overheads, costs_of, fit_speed
+from jaxsys.pipeline.estimate import Costs, Overheads, costs_of, fit_speed
 from jaxsys.pipeline.job import Setup
 from jaxsys.pipeline.plan import Plan
-from jaxsys.pipeline.probe import gather, host_s_per_byte, measure_links
+from jaxsys.pipeline.probe import gather, measure_links
 from jaxsys.pipeline.programs import (
     FEW,
     MANY,
-    alone_between,
     codec_programs,
-    middle,
     node_programs,
-    split_calls,
     split_encode,
-    stage_programs,
     time_program,
     time_programs,
-    update_program,
 )
 from jaxsys.pipeline.timing import predict
+from jaxsys.pipeline.trial import Trials, at_speeds, fit_trials, trial_plans
 from jaxsys.pipeline.work import Work, work_of
 
 _BACKWARD_RATIO = 2.0  # FLOPs of a backward per FLOP of its forward
-_OVERHEADS = 7  # fields of `Overheads` that are measured
-_BESIDE = 2 + _OVERHEADS  # numbers of a device before its nodes' seconds
-_ROUNDS = 4  # of the fixed point in `Profile.predict`
+_BESIDE = 4  # numbers of a device before its nodes' seconds
+_ROUNDS = 3  # of all measurements but those of links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +55,6 @@ class Profile:
       reference_flops_s: that speed.
       overheads: seconds of what stages do beside their nodes there; codecs by top-k.
       notes: what was out of the ordinary, such as times on no line.
-      alone: of each device, its seconds with all others idle over those with all at work, [P]; 1
-        where each has a machine of its own.
 
     >>> fleet = Fleet((Device("w0", 1e9, 1e9),), [[0]], [[1]])
     >>> profile = Profile(fleet, ((0.1, 0.2),), 1e9, Overheads(1e9, 1e-4), ())
@@ -73,17 +67,9 @@ class Profile:
     reference_flops_s: float
     overheads: Overheads
     notes: tuple[str, ...]
-    alone: tuple[float, ...] = ()
 
     def predict(self, graph: Dag, plan: Plan) -> Timeline:
-        """Simulate a step, devices that share a machine faster while others idle.
-
-        A device p of which the others are at work for a share ``u_p`` of the step, on average,
-        takes ``1 − (1 − a_p) (1 − u_p)`` of its seconds, with a from `alone`; u is that of the
-        timeline which follows from it, found by repetition. What messages take of a device counts
-        for the share of the step for which it is itself at work; the rest falls into its waiting.
-
-        Reconstruction: ours.
+        """Simulate a step.
 
         Args:
           graph: as for `work`.
@@ -92,22 +78,16 @@ class Profile:
         Returns:
           The timeline.
         """
-        work, nothing = self.work(graph), self.overheads._replace(message_s_per_byte=0.0)
-        whole = costs_of(work, self.fleet, plan, overheads=self.overheads)
-        bare = costs_of(work, self.fleet, plan, overheads=nothing)
-        timeline = predict(plan, whole, self.fleet)
-        if whole == bare and min(self.alone, default=1.0) == 1.0:
-            return timeline
-        names = [self.fleet.devices[d].name for d in plan.devices]
-        alone = np.array([self.alone[d] if self.alone else 1.0 for d in plan.devices])
-        for _ in range(_ROUNDS):
-            busy = {n: timeline.busy_s(n) / timeline.makespan_s for n in dict.fromkeys(names)}
-            rest = [[u for n, u in busy.items() if n != name] for name in names]
-            share = np.array([np.mean(each) if each else 0.0 for each in rest])
-            own = np.array([busy[name] for name in names])
-            mixed = whole.mixed(bare, own).scaled(1 - (1 - alone) * (1 - share))
-            timeline = predict(plan, mixed, self.fleet)
-        return timeline
+        return predict(plan, self.costs(graph, plan), self.fleet)
+
+    def costs(self, graph: Dag, plan: Plan) -> Costs:
+        """Estimate what a micro-batch takes.
+
+        Args:
+          graph: as for `work`.
+          plan: the plan.
+        """
+        return costs_of(self.work(graph), self.fleet, plan, overheads=self.overheads)
 
     def work(self, graph: Dag) -> Work:
         """Summarise a graph with the measured seconds in place of FLOPs.
@@ -132,7 +112,6 @@ class Profile:
             float(found["reference_flops_s"]),
             Overheads(*map(float, found["overheads"])),
             tuple(found["notes"]),
-            tuple(map(float, found["alone"])),
         )
 
 
@@ -141,22 +120,20 @@ class Own(NamedTuple):
 
     Attributes:
       memory_bytes: what a stage may use.
-      alone: seconds with all others idle over those with all at work.
-      overheads: as in `Overheads`, without the speed, [7].
-      node_s: of each node's forward and backward, [N, 2].
+      codec_s: of encoding a dense byte, of a byte that is kept beside, and of decoding a byte, [3].
+      node_s: of each node's forward and backward alone, [N, 2].
 
-    >>> Own(1e9, 1.0, np.zeros(7), np.ones((2, 2))).row().shape
-    (13,)
+    >>> Own(1e9, np.zeros(3), np.ones((2, 2))).row().shape
+    (8,)
     """
 
     memory_bytes: float
-    alone: float
-    overheads: Float[np.ndarray, "K"]
+    codec_s: Float[np.ndarray, "3"]
     node_s: Float[np.ndarray, "N 2"]
 
     def row(self) -> Float[np.ndarray, "M"]:
         """Lay all numbers in a row."""
-        return np.array([self.memory_bytes, self.alone, *self.overheads, *self.node_s.reshape(-1)])
+        return np.array([self.memory_bytes, *self.codec_s, *self.node_s.reshape(-1)])
 
 
 def profile(
@@ -180,7 +157,7 @@ def profile(
       granularity: of the graph's nodes.
       memory_bytes: what a stage may use on this device; what is free, shared evenly, by default.
       sites: of the devices, where all messages between two sites share one link.
-      optimizer: whose update is timed too, if given.
+      optimizer: of the trial steps, whose update is timed too, if given.
       throttle: makes this device as slow as the one that it stands for.
       on_event: told what is measured next.
 
@@ -190,48 +167,134 @@ def profile(
     >>> profile.__name__  # compiles a model: see tests/pipeline/test_profile.py
     'profile'
     """
-    graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(micro_batches),
-                granularity=granularity)  # fmt: skip
-    n = len(graph.nodes)
     on_event("compiling")
-    programs = node_programs(setup, micro_batches, n, granularity)
-    begin, end = middle(n)
-    (several,) = stage_programs(setup, micro_batches, *alone_between(begin, end, n), granularity)
-    largest = max((edge.n_bytes for edge in graph.edges), default=4)
-    few, decode = codec_programs(largest, FEW)
-    many, _ = codec_programs(largest, MANY)
-    update, updated_bytes = update_program(graph, setup, optimizer)
+    session = Session(setup, micro_batches, transport, granularity, optimizer, throttle)
     gather(transport, np.zeros(1), 0)
-    on_event("timing the blocks")
-    single = np.array([time_programs(each, throttle) for each in programs])
-    together = np.array(time_programs(several, throttle))
-    call_s, node_s = split_calls(single, together, begin, end)
-    encode_s = [time_program(each, throttle) / largest for each in (few, many)]
-    overheads = np.array(
-        [
-            *call_s,
-            *split_encode(*encode_s),
-            time_program(decode, throttle) / largest,
-            time_program(update, throttle) / updated_bytes,
-            host_s_per_byte(transport, throttle),
-        ]
+    on_event("timing the blocks, alone and in trial steps")
+    for _ in range(_ROUNDS):
+        session.sample()
+    links = measure_links(transport, on_event)
+    return session.profile(links, memory_bytes, sites)
+
+
+class Session:
+    """Rounds of measurements in one process, which may take turns with something else.
+
+    A machine's speed may drift by a quarter within a minute; what is to be compared with a profile
+    is measured in turns with it.
+
+    Args:
+      setup: as for `profile`.
+      micro_batches: as for `profile`.
+      transport: as for `profile`.
+      granularity: as for `profile`.
+      optimizer: as for `profile`.
+      throttle: as for `profile`.
+
+    >>> Session.__name__  # compiles a model: see tests/pipeline/test_profile.py
+    'Session'
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        micro_batches: int,
+        transport: Transport,
+        granularity: str = "layer",
+        optimizer: optax.GradientTransformation | None = None,
+        throttle: Throttle = FULL_SPEED,
+    ) -> None:
+        specs = setup.micro_batch(micro_batches)
+        self._graph = dag(setup.loss_fn, setup.shapes(), *specs, granularity=granularity)
+        n, size = len(self._graph.nodes), transport.size
+        self._transport, self._throttle = transport, throttle
+        self._programs = node_programs(setup, micro_batches, n, granularity)
+        self._largest = max((edge.n_bytes for edge in self._graph.edges), default=4)
+        ends = [codec_programs(self._largest, ratio) for ratio in (FEW, MANY)]
+        self._codecs = [ends[0][0], ends[1][0], ends[0][1]]
+        self._forms = {id(each[0]): each for each in self._programs}
+        self._node_s: list[list[tuple[float, float]]] = []
+        self._codec_s: list[list[float]] = []
+        self._plans = trial_plans(n, size, micro_batches) if n >= size else ()
+        self._trials = (
+            Trials(setup, self._plans, transport, granularity, optimizer, throttle)
+            if self._plans
+            else None
+        )
+
+    def sample(self) -> None:
+        """Time all programs once more, and a trial step of each plan; all devices together."""
+        self._node_s.append([time_programs(each, self._throttle) for each in self._forms.values()])
+        self._codec_s.append([time_program(each, self._throttle) for each in self._codecs])
+        if self._trials is not None:
+            self._trials.step()
+
+    def profile(
+        self,
+        links: tuple[Float[np.ndarray, "P P"], Float[np.ndarray, "P P"], Sequence[str]],
+        memory_bytes: float | None = None,
+        sites: Sequence[int] = (),
+    ) -> Profile | None:
+        """Put together what all devices have measured.
+
+        Args:
+          links: what `measure_links` gives.
+          memory_bytes: as for the function `profile`.
+          sites: as for the function `profile`.
+
+        Returns:
+          The profile on process 0, None on the others.
+        """
+        by_form = dict(zip(self._forms, np.mean(self._node_s, axis=0), strict=True))
+        few, many, decode = (np.mean(self._codec_s, axis=0) / self._largest).tolist()
+        own = Own(
+            memory_bytes or free_bytes(self._transport.size),
+            np.array([*split_encode(few, many), decode]),
+            np.array([by_form[id(each[0])] for each in self._programs]),
+        )
+        everyone = gather(self._transport, own.row(), 1)
+        trials = None
+        if self._trials is not None:
+            trials = gather(self._transport, self._trials.seconds(), 2)
+        if self._transport.rank != 0:
+            return None
+        found = assemble(self._graph, everyone, *links, sites)
+        return found if trials is None else tried(found, self._graph, self._plans, trials)
+
+
+def tried(
+    found: Profile, graph: Dag, plans: Sequence[Plan], trials: Float[np.ndarray, "P K 3"]
+) -> Profile:
+    """Bring a profile of programs that run alone to what they take in a worker.
+
+    Args:
+      found: that profile.
+      graph: of the model.
+      plans: of the trials.
+      trials: seconds of each device under each plan, what `trial.Trials` gives.
+
+    Returns:
+      The profile.
+
+    >>> from jaxsys.core.graph import Node
+    >>> graph = Dag((Node("a", 1e6, (), (), 0, 0),), (), (), ())
+    >>> row = Own(1e9, np.zeros(3), np.array([[1e-3, 2e-3]])).row()
+    >>> found = assemble(graph, row[None], np.zeros((1, 1)), np.ones((1, 1)))
+    >>> slower = tried(found, graph, trial_plans(1, 1, 2), np.array([[[2e-3, 4e-3, 0]]]))
+    >>> np.round(np.array(slower.node_s) * 1e3, 3).tolist()
+    [[2.0, 4.0]]
+    """
+    fitted = fit_trials(found.work(graph), found.fleet, found.overheads, plans, trials)
+    slower = found.reference_flops_s / float(fitted.speed_flops_s[0])
+    said = f"trial steps: a forward or backward is up to {fitted.worst:.0%} off after the fit"
+    return dataclasses.replace(
+        found,
+        fleet=at_speeds(found.fleet, fitted.speed_flops_s),
+        node_s=tuple((f * slower, b * slower) for f, b in found.node_s),
+        reference_flops_s=float(fitted.speed_flops_s[0]),
+        overheads=fitted.overheads,
+        notes=(*found.notes, said),
     )
-    alone_s = np.zeros(2)
-    for p in range(transport.size):
-        gather(transport, np.zeros(1), 2 + p)
-        if p == transport.rank:
-            alone_s = np.array(time_programs(several, throttle))
-    own = Own(
-        memory_bytes or free_bytes(transport.size),
-        min(1.0, float(alone_s.sum() / together.sum())),
-        overheads,
-        node_s,
-    )
-    everyone = gather(transport, own.row(), 1)
-    latency_s, bytes_per_s, notes = measure_links(transport, on_event)
-    if transport.rank != 0:
-        return None
-    return assemble(graph, everyone, latency_s, bytes_per_s, notes, sites)
 
 
 def assemble(
@@ -263,7 +326,7 @@ def assemble(
 
     >>> from jaxsys.core.graph import Node
     >>> graph = Dag((Node("a", 1e6, (), (), 0, 0),), (), (), ())
-    >>> rows = [Own(1e9, 1.0, k * np.ones(7), k * np.array([[1e-3, 2e-3]])).row() for k in (1, 2)]
+    >>> rows = [Own(1e9, k * np.ones(3), k * np.array([[1e-3, 2e-3]])).row() for k in (1, 2)]
     >>> found = assemble(graph, np.array(rows), np.zeros((2, 2)), np.ones((2, 2)))
     >>> found.fleet.speed_flops_s.tolist(), found.node_s
     ([1000000000.0, 500000000.0], ((0.001, 0.002),))
@@ -284,8 +347,9 @@ def assemble(
         Device(f"w{p}", float(speed), float(row[0]))
         for p, (speed, row) in enumerate(zip(speeds, everyone, strict=True))
     )
-    beside = everyone[:, 2:_BESIDE] * (speeds / reference)[:, None]
-    overheads = Overheads(reference, *np.median(beside, axis=0).tolist())
+    beside = everyone[:, 1:_BESIDE] * (speeds / reference)[:, None]
+    codec_s = np.median(beside, axis=0)
+    overheads = Overheads(reference, 0.0, 0.0, *codec_s.tolist())
     return Profile(
         Fleet(
             devices,
@@ -297,7 +361,6 @@ def assemble(
         reference,
         overheads,
         tuple(said),
-        tuple(everyone[:, 1].tolist()),
     )
 
 

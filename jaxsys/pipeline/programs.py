@@ -1,4 +1,4 @@
-"""The programs that a profile times: nodes, stages, the ends of a codec, an update."""
+"""The programs that a profile times alone: nodes, stages, the ends of a codec."""
 
 import collections
 import time
@@ -8,22 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Float
 
 from jaxsys.cluster.throttle import FULL_SPEED, Throttle
-from jaxsys.core.graph import Dag
 from jaxsys.core.stages import StagedLoss, cut_at
 from jaxsys.pipeline import codec
-from jaxsys.pipeline.execute import leaf_update
 from jaxsys.pipeline.job import Setup
 from jaxsys.pipeline.turn import added
 
-_WINDOW_S = 0.25  # of one timed program: long against the periods of a CPU quota
-_RUN = 4  # nodes that are timed as one stage too, for what a call takes by itself
+_WINDOW_S = 0.15  # of one timed program: long against the periods of a CPU quota
 _HELD = 3  # micro-batches whose residuals are kept while a stage is timed
 FEW, MANY = 16.0, 2.0  # ratios of the top-k whose ends are timed
-_LEAST = 0.1  # of a node's time that is its own, whatever a call takes
 
 # A stage's forward, which gives its outputs and residuals, and its backward from those residuals.
 Programs = tuple[Callable[[], tuple[Any, Any]], Callable[[Any], Any]]
@@ -130,59 +124,6 @@ def _programs(stage: Any, values: Any) -> Programs:
     return forward, backward
 
 
-def middle(n_nodes: int) -> tuple[int, int]:
-    """Choose the nodes that are timed as one stage too: from the middle, where they are alike.
-
-    >>> middle(10), middle(3)
-    ((3, 7), (0, 3))
-    """
-    size = min(_RUN, n_nodes)
-    begin = (n_nodes - size) // 2
-    return begin, begin + size
-
-
-def alone_between(begin: int, end: int, n_nodes: int) -> tuple[tuple[int, ...], list[int]]:
-    """Give the boundaries that make nodes a stage of their own, and its index.
-
-    >>> alone_between(3, 7, 10), alone_between(0, 3, 3)
-    (((3, 7), [1]), ((), [0]))
-    """
-    return tuple(b for b in (begin, end) if 0 < b < n_nodes), [int(begin > 0)]
-
-
-def split_calls(
-    single: Float[np.ndarray, "N 2"], together: Float[np.ndarray, "2"], begin: int, end: int
-) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "N 2"]]:
-    """Tell what a call takes by itself from what its nodes take.
-
-    With ``t_i = o + s_i`` of single nodes and ``T = o + Σ s_i`` of a run of k of them,
-    ``o = (Σ t_i − T) / (k − 1)``.
-
-    Reconstruction: ours; the paper's estimator knows FLOPs only.
-
-    Args:
-      single: t, forward and backward of each node.
-      together: T of the run.
-      begin: first node of the run.
-      end: the node after its last.
-
-    Returns:
-      o, and s of each node; o is not below 0 and s not below a tenth of t.
-
-    >>> single = np.array([[2.0, 3.0]] * 4)
-    >>> call_s, node_s = split_calls(single, np.array([7.0, 12.0]), 1, 4)
-    >>> call_s.round(6).tolist(), node_s[0].round(6).tolist()
-    ([0.0, 0.0], [2.0, 3.0])
-    >>> split_calls(single, np.array([5.0, 9.0]), 1, 4)[0].tolist()
-    [0.5, 0.0]
-    """
-    calls = np.zeros(2)
-    if end - begin > 1:
-        calls = (single[begin:end].sum(0) - together) / (end - begin - 1)
-    calls = np.clip(calls, 0.0, np.median(single, axis=0))
-    return calls, np.maximum(single - calls, _LEAST * single)
-
-
 def split_encode(few_s: float, many_s: float) -> tuple[float, float]:
     """Tell what encoding takes whatever is kept, and what it takes for what is kept.
 
@@ -221,29 +162,6 @@ def codec_programs(n_bytes: int, ratio: float) -> tuple[Callable[[], Any], Calla
     return encode, decode
 
 
-def update_program(
-    graph: Dag, setup: Setup, optimizer: optax.GradientTransformation | None
-) -> tuple[Callable[[], Any], int]:
-    """Give an update of the leaves of the node that has most, and their bytes.
-
-    >>> update_program.__name__  # needs a model: see tests/pipeline/test_profile.py
-    'update_program'
-    """
-    node = max(graph.nodes, key=lambda node: sum(graph.leaf_bytes[j] for j in node.leaves))
-    if optimizer is None or not node.leaves:
-        return lambda: None, 1
-    specs = jax.tree.leaves(setup.shapes())
-    leaves = [_ones(specs[j]) for j in node.leaves]
-    states = [optimizer.init(x) for x in leaves]
-    update = leaf_update(optimizer, 1)
-
-    def all_of_them() -> Any:
-        return [update(x, state, x) for x, state in zip(leaves, states, strict=True)]
-
-    jax.block_until_ready(all_of_them())
-    return all_of_them, sum(graph.leaf_bytes[j] for j in node.leaves)
-
-
 def time_program(program: Callable[[], Any], throttle: Throttle = FULL_SPEED) -> float:
     """Average a program's seconds over a window: under a CPU quota runs are all or nothing.
 
@@ -266,9 +184,9 @@ def time_program(program: Callable[[], Any], throttle: Throttle = FULL_SPEED) ->
 def time_programs(programs: Programs, throttle: Throttle = FULL_SPEED) -> tuple[float, float]:
     """Average a stage's forward and backward over a window, in turns as in a pipeline.
 
-    The residuals of a few micro-batches are kept meanwhile: an allocator that gets all memory back
-    after each forward returns it to the system, and clearing new pages for the next one can take
-    as long as the forward itself.
+    The residuals of a few micro-batches are kept meanwhile, as in a pipeline. As many turns again
+    go before, untimed: the first use of a page takes longer than the work on it, and a step later
+    finds all pages in use (`cluster.heap`).
 
     Args:
       programs: the stage's.
@@ -282,6 +200,9 @@ def time_programs(programs: Programs, throttle: Throttle = FULL_SPEED) -> tuple[
     """
     forward, backward = programs
     held = collections.deque(forward()[1] for _ in range(_HELD))
+    for _ in range(2 * _HELD):
+        held.append(forward()[1])
+        jax.block_until_ready(backward(held.popleft()))
     taken_s, count, start_s = np.zeros(2), 0, time.perf_counter()
     while count < 3 or time.perf_counter() - start_s < 2 * _WINDOW_S:
         throttle.begin()

@@ -76,6 +76,7 @@ class Request:
     threshold: float | int = 1.2
     silence_s: float | int = 10.0
     error_feedback: bool = False
+    clip_norm: float | int | None = None
     transport: str = "sockets"
     port: int | None = None
 
@@ -264,6 +265,7 @@ def _job(request: Request, plan: Plan) -> Job:
         request.save_every,
         request.choice.remat,
         request.error_feedback,
+        request.clip_norm,
         request.transport,
         request.silence_s,
     )

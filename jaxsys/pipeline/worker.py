@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxsys.cluster import Membership, join, leave
 from jaxsys.cluster.events import say, say_mistake
+from jaxsys.cluster.heap import keep_freed_memory
 from jaxsys.cluster.sockets import Sockets, connect
 from jaxsys.cluster.throttle import throttle_of
 from jaxsys.cluster.transport import PeerLost, Transport
@@ -121,7 +122,7 @@ def make_worker(job: Job, setup: Setup, transport: Transport) -> Worker:
     staged = cut_at(setup.loss_fn, shapes, data, plan.boundaries, remat=job.remat)
     optimizer = optimizers.PRESETS[job.task.optimizer](lr=job.task.lr)
     return Worker(staged, plan, transport, optimizer, shapes, error_feedback=job.error_feedback,
-                  throttle=throttle_of())  # fmt: skip
+                  clip_norm=job.clip_norm, throttle=throttle_of())  # fmt: skip
 
 
 def own_leaves(init: Callable[[Any], Any], paths: Collection[str], seed: int) -> dict[str, Any]:
@@ -208,6 +209,7 @@ def main(job_file: str) -> None:
     transport: Transport | None = None
     try:
         job = Job.from_json(Path(job_file).read_text())
+        keep_freed_memory()
         member = join(local_devices=1, distributed=False)
         transport = connected(job, member)
         run(job, member, transport, say)

@@ -14,14 +14,14 @@ from jaxsys.core.timeline import simulate
 from jaxsys.pipeline.adatopk import adaptive_ratios
 from jaxsys.pipeline.codec import encoded_bytes
 from jaxsys.pipeline.devices import Device, Fleet
-from jaxsys.pipeline.estimate import costs_of, fit_speed, traffic
+from jaxsys.pipeline.estimate import Overheads, costs_of, fit_speed, traffic
 from jaxsys.pipeline.fence import chain_order, communities
 from jaxsys.pipeline.fleets import even_fleet, internet_fleet, paper_fleet
 from jaxsys.pipeline.memory import Limits
 from jaxsys.pipeline.plan import Plan
 from jaxsys.pipeline.planner import METHODS, make_plan
 from jaxsys.pipeline.schedule import ORDERS
-from jaxsys.pipeline.timing import closed_form_s, lower_bound_s, predict, tasks
+from jaxsys.pipeline.timing import closed_form_s, lower_bound_s, predict, predict_s, tasks
 from jaxsys.pipeline.work import chain_work, work_of
 
 
@@ -107,6 +107,29 @@ def test_the_slowest_message_takes_its_share_of_the_bytes_exactly(r):
     assert more > 400_000 / r - 16
     with pytest.raises(UserError, match=r"ratio is 0\.5"):
         adaptive_ratios(work, fleet, (1, 2), (0, 1, 2), 0.5)
+
+
+def test_a_boundary_goes_dense_where_coding_takes_longer_than_its_link_saves():
+    """Two equal values, links of which one is twice as fast, and 1 ms of coding for a message."""
+    work = chain_work([1, 1, 1], [400_000, 400_000])
+    rates = np.full((3, 3), 1e9)
+    rates[0, 1] = rates[1, 0] = 5e8
+    fleet = Fleet(tuple(Device(f"w{p}", 1e3, 1e9) for p in range(3)), np.zeros((3, 3)), rates)
+    beside = Overheads(1e3, encode_s_per_byte=2.5e-9)
+    free = adaptive_ratios(work, fleet, (1, 2), (0, 1, 2), 4.0)
+    assert min(free) > 1.9
+    for faster, dense in ((1, (True, True)), (0.3, (False, True)), (0.02, (False, False))):
+        links = dataclasses.replace(fleet, bytes_per_s=rates * faster)
+        found = adaptive_ratios(work, links, (1, 2), (0, 1, 2), 4.0, overheads=beside)
+        assert tuple(ratio == 1.0 for ratio in found) == dense
+        assert all(a in (1.0, b) for a, b in zip(found, free, strict=True))
+        plans = [
+            make_plan(work, links, micro_batches=4, method="exact", devices=(0, 1, 2),
+                      codec="topk", ratio=4.0, overheads=given)
+            for given in (beside, Overheads())
+        ]  # fmt: skip
+        always = costs_of(work, links, plans[1], overheads=beside)
+        assert plans[0].predicted_s <= predict_s(plans[1], always, links) * (1 + 1e-9)
 
 
 def test_a_real_graph_with_a_tied_leaf_and_skips():
