@@ -142,6 +142,9 @@ def _object(body: bytes) -> dict[str, Any]:
 
     try:
         found = json.loads(body, parse_constant=refuse_constant)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair has no encoding
+    except UnicodeEncodeError:
+        _refuse("the body holds half of a surrogate pair")
     except RecursionError:
         _refuse("the body is nested too deeply")
     except ValueError as error:

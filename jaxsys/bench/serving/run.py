@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -88,7 +89,7 @@ def serve(
     drain_s: float = 30.0,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; what is open then is finished first. A second one ends at once.
+    """Serve until SIGTERM or SIGINT, and finish what is open then; a second one ends at once.
 
     Args:
       served: the model.
@@ -301,6 +302,4 @@ def measure_url(
         )
     traces = load_server(target, prompts, load, progress)
     flags = {"model": target.model, "url": f"{target.host}:{target.port}{target.base}"}
-    flags |= asdict(load) | {"slo": dict(slo or {})}
-    del flags["seed"]
-    return record("serve", load.seed, flags, **summarise(traces, slo))
+    return record("serve", load.seed, flags | _flags(load, slo), **summarise(traces, slo))

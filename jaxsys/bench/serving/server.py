@@ -138,6 +138,12 @@ class Server:
         except Refusal as refusal:
             await self._refuse(writer, refusal, keep=request.keep)
             return request.keep
+        except ConnectionError:
+            raise
+        except Exception as error:  # a fault of ours ends this connection, not the server
+            message = f"the server failed at this request ({type(error).__name__})"
+            await self._refuse(writer, Refusal(500, message), keep=False)
+            return False
 
     async def _refuse(self, writer: Any, refusal: Refusal, keep: bool) -> None:
         self.counts.refused(refusal.status)
