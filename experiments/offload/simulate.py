@@ -1,6 +1,6 @@
 """Model decoding and prompts on five assumed machines, and compare rules, caches and schedulers.
 
-    python experiments/offload/simulate.py            3 minutes on a core, writes results/
+    python experiments/offload/simulate.py            3 minutes on an idle core
     python experiments/offload/simulate.py --smoke    seconds, nothing written
 
 Every time here is **modelled**: the machines' rates are assumed, routing is drawn (popular experts,
@@ -273,7 +273,7 @@ def picture(limits, rows, cache_rows):
     axes[0, 0].set_xticks(range(len(spots)), spots, fontsize=6)
     axes[0, 0].set_ylabel("decode speed / limit of the best split")
     axes[0, 0].set_title("Mixtral-8x7B on assumed machines; modelled")
-    axes[0, 0].legend(fontsize=6)
+    axes[0, 0].legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     kind = cache_rows[-1]["routing"] if len(cache_rows) < 8 else "topics"
     mine = [row for row in cache_rows if row["routing"] == kind]
     for name in [key for key in mine[0] if key not in ("routing", "slots")]:

@@ -54,6 +54,7 @@ class Call:
         # Padding takes part in no expert.
         self.valid = (np.arange(tokens.shape[1])[None] < counts[:, None]).reshape(-1)
         self.coming: list[tuple[Any, Loaded]] = []
+        self.named: dict[int, Any] = {}  # by layer: what its router named early, [N, k]
         if self.ring is not None:
             self.ring.begin()
             self.coming = self._coming()
@@ -120,8 +121,10 @@ class Call:
         args = (tree, x, store, self.start, self.row, twin)
         x, h, routed, store = self._run(home, half.n_bytes, self.programs.half, *args)
         self._done(("half", i), half, x)
+        if self.engine.early:
+            self._look_ahead(i, home, x)
         uses = self._dense(i, layer) if routed is None else self._routed(i, layer, routed)
-        x = self._feed(home, x, h, uses)
+        x = self._feed(i, home, x, h, uses)
         if routed is not None and (self.engine.hot or self.engine.recorder):
             self._learn(i, routed, uses)
         return x, store
@@ -152,6 +155,7 @@ class Call:
         weights, chosen = (np.asarray(array) for array in routed[1:])
         chosen = np.where(self.valid[:, None], chosen, -1)
         experts, counts = np.unique(chosen[self.valid], return_counts=True)
+        self._judge_named(i, experts.tolist())
         modes = self._modes(i, experts.tolist(), counts.tolist())
         found = []
         for place in np.argsort(-counts, kind="stable").tolist():
@@ -166,6 +170,47 @@ class Call:
                 found.append(self._use((i, e, j), piece, modes[place], index, share))
         return found
 
+    def _look_ahead(self, i: int, home: Any, x: Any) -> None:
+        """Run the router of the next layer on this layer's residual stream."""
+        following = i + 1
+        if self.ring is None or following == self.placed.config.layers or not self.placed.config.is_sparse(following):
+            return
+        layer = self.placed.layers[following]
+        if layer.half is None or layer.half.role == "stream" or self.placed.home(layer) != home:
+            return
+        args = (layer.half.weights, x)
+        self.named[following] = self._run(home, 0, self.programs.early, *args)
+
+    def _copy_named(self, i: int) -> None:
+        """Start copies of what layer i's router named early, as far as there are free buffers."""
+        if i not in self.named or self.ring is None:
+            return
+        layer = self.placed.layers[i]
+        named = np.asarray(self.named[i])[self.valid]
+        experts, counts = np.unique(named, return_counts=True)
+        self.named[i] = set(experts.tolist())
+        for e in experts[np.argsort(-counts, kind="stable")].tolist():
+            if self.engine.hot is not None and self.engine.hot.get(i, e) is not None:
+                continue
+            for j, piece in enumerate(layer.ffn[e]):
+                key = (i, e, j)
+                if piece.role == "resident" or self.ring.holds(key):
+                    continue
+                if not self.ring.has_room():
+                    return
+                self.monitor.early_copies += 1
+                self._start(key, piece)
+
+    def _judge_named(self, i: int, experts: Sequence[int]) -> None:
+        """Count what was foretold of layer i, and free the buffers of what was not wanted."""
+        named = self.named.pop(i, None)
+        if isinstance(named, set) and self.ring is not None:
+            self.monitor.early += len(named)
+            self.monitor.early_right += len(named & set(experts))
+            vain = named - set(experts)
+            pieces = self.placed.layers[i].ffn
+            self.ring.drop({(i, e, j) for e in vain for j in range(len(pieces[e]))})
+
     def _modes(self, i: int, experts: list[int], counts: list[int]) -> Sequence[Mode]:
         """Decide what to do with the columns of each part that are not resident."""
         alone: list[Mode] = ["cpu"] * len(experts)
@@ -174,6 +219,7 @@ class Call:
     def _use(self, key: Any, piece: Loaded, mode: Mode, index: Any, share: Any) -> _Use:
         resident = piece.role == "resident"
         moves = mode == "moved" or (mode == "planned" and piece.role == "stream")
+        moves = moves or (self.ring is not None and self.ring.holds(key))
         moved = moves and not resident and self.ring is not None
         return _Use(key, piece, resident or moved, moved, index, share)
 
@@ -191,7 +237,7 @@ class Call:
                     if use.moved and self.ring.holds(use.key)}  # fmt: skip
             self.engine.hot.took(i, np.unique(chosen).tolist(), scores, came)
 
-    def _feed(self, home: Any, x: Any, h: Any, uses: list[_Use]) -> Any:
+    def _feed(self, i: int, home: Any, x: Any, h: Any, uses: list[_Use]) -> Any:
         """Run a layer's pieces on both devices and add them to the residual stream."""
         cpu, accelerator = self.placed.devices
         other = cpu if home == accelerator else accelerator
@@ -202,7 +248,7 @@ class Call:
             sums[other] = jax.device_put(np.zeros(h.shape, h.dtype), other)
         waiting = [use for use in uses if use.moved]
         for use in waiting[: self.ring.depth] if self.ring else ():
-            self._fetch(use)
+            self._start(use.key, use.piece)
         here = [use for use in uses if not use.moved]
         for use in sorted(here, key=lambda use: use.on_accelerator):
             self._add(use, sums, inputs, use.piece.weights)
@@ -210,6 +256,7 @@ class Call:
             assert self.ring is not None
             self._add(use, sums, inputs, self._fetch(use))
             self.ring.used(use.key, sums[accelerator])
+        self._copy_named(i + 1)
         self._ahead()
         total = sums[home]
         if other in sums:
@@ -230,9 +277,14 @@ class Call:
         if not moved and part.role != "stream":
             return part.weights
         assert self.ring is not None
+        self._start(key, part)
+        return self.monitor.run("link", self.ring.fetch, key, part.weights)
+
+    def _start(self, key: Any, part: Loaded) -> None:
+        assert self.ring is not None
         if not self.ring.holds(key):
             self.monitor.moved_bytes += part.n_bytes
-        return self.monitor.run("link", self.ring.fetch, key, part.weights)
+            self.monitor.run("link", self.ring.start, key, part.weights)
 
     def _done(self, key: Any, part: Loaded, result: Any) -> None:
         if part.role == "stream" and self.ring is not None:
@@ -259,4 +311,4 @@ class Call:
                 continue
             if not self.ring.has_room():
                 return
-            self._fetched(key, part)
+            self._start(key, part)

@@ -54,6 +54,7 @@ class Engine(NamedTuple):
         monitor: counts.
         hot: a cache of experts, or None where the plan's stay.
         recorder: takes down what routers choose, or None.
+        early: whether the next mixture layer's router is run early and what it names copied ahead.
 
     >>> Engine._fields[:5]
     ('placed', 'programs', 'ring', 'choose', 'monitor')
@@ -66,6 +67,7 @@ class Engine(NamedTuple):
     monitor: Monitor
     hot: HotExperts | None
     recorder: Recorder | None
+    early: bool = False
 
 
 def as_planned(layer: int, experts: Sequence[int], counts: Sequence[int]) -> list[Mode]:
@@ -86,6 +88,7 @@ def make_engine(
     pinned: bool | None = None,
     policy: Policy | None = None,
     recorder: Recorder | None = None,
+    early: bool = False,
 ) -> Engine:
     """Make what runs a placed model.
 
@@ -97,6 +100,9 @@ def make_engine(
         policy: keep experts that were copied over, in the place of others; needs a model placed
             with ``fixed=False``.
         recorder: takes down what routers choose; needs the same.
+        early: run the next mixture layer's norm and router on what its predecessor reads, and copy
+            ahead what they name and is not resident, where a transfer buffer is free. What has
+            come is used on the accelerator; what was named in vain is dropped.
 
     Returns:
         The engine.
@@ -136,7 +142,7 @@ def make_engine(
         )
     hot = HotExperts(policy, placed.plan, parts, device) if policy and device else None
     return Engine(
-        placed, programs(placed.config), ring, choose, monitor or Monitor(), hot, recorder
+        placed, programs(placed.config), ring, choose, monitor or Monitor(), hot, recorder, early
     )
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from jaxsys.models import lm
 from jaxsys.models.lm.families import layout_of
 from jaxsys.models.lm.layout import Layout, expert_roles, subtree
-from jaxsys.models.lm.linear import linear
+from jaxsys.models.lm.linear import linear, normalise
 from jaxsys.models.lm.moe import feed_forward, route
 from jaxsys.models.lm.taps import Probe
 
@@ -41,6 +41,7 @@ class Programs(NamedTuple):
         half: a layer up to its feed-forward part, with its router.
         block: a whole layer, where all of it is on one device.
         piece: one feed-forward piece, added to what is there.
+        early: the router of a layer that comes later, on the present residual stream.
         head: the residual stream of the last tokens to logits.
         model: tokens to logits, where the whole model is on one device.
 
@@ -52,6 +53,7 @@ class Programs(NamedTuple):
     half: Callable[..., Any]
     block: Callable[..., Any]
     piece: Callable[..., Any]
+    early: Callable[..., Any]
     head: Callable[..., Any]
     model: Callable[..., Any]
 
@@ -69,6 +71,7 @@ def programs(config: lm.LMConfig) -> Programs:
         (router's logits [N, E], weights [N, k], chosen [N, k]) or, in a dense layer, None,
         ``block(params, x, store, start, row, i) -> (x, store)``,
         ``piece(y [N, D], weights, h, index [n], share) -> y``,
+        ``early(params, x [N, D]) -> chosen [N, k]``, with the later layer's norm and router,
         ``head(params, x, last [B]) -> logits [B, V]``,
         ``model(params, tokens, stores, start, last, row) -> (logits, stores)``.
         ``row`` is None, or the only row of the cache that is meant; stores are donated.
@@ -85,6 +88,7 @@ def programs(config: lm.LMConfig) -> Programs:
         jax.jit(functools.partial(_half, config, layout), static_argnums=5, donate_argnums=2),
         jax.jit(functools.partial(_block, config), static_argnums=5, donate_argnums=2),
         jax.jit(functools.partial(_piece, config, layout)),
+        jax.jit(functools.partial(_early, config, layout)),
         jax.jit(functools.partial(_head, config)),
         jax.jit(functools.partial(_model, config), donate_argnums=2),
     )
@@ -211,6 +215,12 @@ def _piece(config, layout: Layout, y, weights, h, index, share):
     if share is not None:
         out = out * share[:, None].astype(out.dtype)
     return y + out if index is None else y.at[index].add(out, mode="drop")
+
+
+def _early(config, layout: Layout, params, x) -> Array:
+    norm = subtree(params, layout.mlp_norm or layout.attention_norm)
+    h = normalise(norm, x, config.norm, config.norm_eps)
+    return route(config, linear(subtree(params, f"{layout.moe}.gate"), h))[1]
 
 
 def _head(config, params, x, last) -> Array:

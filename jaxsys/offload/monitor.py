@@ -24,6 +24,9 @@ class Monitor:
         decode_s: seconds of decode steps.
         hits: uses of experts that lived on the accelerator as a whole.
         uses: uses of experts.
+        early: experts of a later layer that its router named when it was run early.
+        early_right: those of them that a token then visited.
+        early_copies: experts' pieces that were copied over ahead of their router.
         moved_bytes: weights that crossed the link.
         cpu_bytes: weights that the CPU's programs read.
         accelerator_bytes: weights that the accelerator's programs read.
@@ -41,6 +44,9 @@ class Monitor:
     decode_s: float = 0.0
     hits: int = 0
     uses: int = 0
+    early: int = 0
+    early_right: int = 0
+    early_copies: int = 0
     moved_bytes: int = 0
     cpu_bytes: int = 0
     accelerator_bytes: int = 0
@@ -50,6 +56,11 @@ class Monitor:
     def hit_rate(self) -> float:
         """Share of experts' uses that found them whole on the accelerator; nan without any."""
         return self.hits / self.uses if self.uses else float("nan")
+
+    @property
+    def early_rate(self) -> float:
+        """Share of the experts that were foretold which a token then visited; nan without any."""
+        return self.early_right / self.early if self.early else float("nan")
 
     def run(self, term: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function; in blocking runs, wait for its result and book the time to a term."""

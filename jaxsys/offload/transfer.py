@@ -1,5 +1,6 @@
 """A ring of transfer buffers: weights on their way to the accelerator, and for one use there."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ Key = Any
 class _Slot:
     """One buffer: what is in it, and the result that says when it is free again."""
 
-    def __init__(self, key: Key, arrays: Any):
-        self.key, self.arrays, self.result = key, arrays, None
+    def __init__(self, key: Key, arrays: Any, n_bytes: int):
+        self.key, self.arrays, self.n_bytes, self.result = key, arrays, n_bytes, None
 
 
 class Ring:
@@ -50,20 +51,31 @@ class Ring:
         done = (slot.result is not None and slot.result.is_ready() for slot in self._slots)
         return len(self._slots) < self.depth or any(done)
 
+    def start(self, key: Key, tree: Any) -> Any:
+        """Start a copy if it is not there or under way; what may be waited for comes back."""
+        if self.holds(key):
+            return None
+        self._make_room()
+        n_bytes = sum(x.nbytes for x in jax.tree.leaves(tree))
+        self._slots.append(_Slot(key, self._copy(tree), n_bytes))
+        self.peak_bytes = max(self.peak_bytes, sum(slot.n_bytes for slot in self._slots))
+        return self._slots[-1].arrays
+
     def fetch(self, key: Key, tree: Any) -> Any:
         """Give weights on the accelerator; the copy is started if it is not under way."""
-        for slot in self._slots:
-            if slot.key == key:
-                slot.result = None
-                return slot.arrays
-        self._make_room()
+        self.start(key, tree)
+        slot = next(slot for slot in self._slots if slot.key == key)
+        slot.result = None
+        return slot.arrays
+
+    def drop(self, keys: Collection[Key]) -> None:
+        """Free the buffers of copies that were made ahead and are not wanted."""
+        self._slots = [slot for slot in self._slots if slot.key not in keys]
+
+    def _copy(self, tree: Any) -> Any:
         if self._pinned is not None:
             tree = jax.device_put(tree, self._pinned)
-        arrays = jax.device_put(tree, self._there)
-        self._slots.append(_Slot(key, arrays))
-        held = sum(x.nbytes for slot in self._slots for x in jax.tree.leaves(slot.arrays))
-        self.peak_bytes = max(self.peak_bytes, held)
-        return arrays
+        return jax.device_put(tree, self._there)
 
     def used(self, key: Key, result: Any) -> None:
         """Note the result of the program that reads a copy; the buffer is free when it is there."""

@@ -16,6 +16,7 @@ from jaxsys.offload.cache import lru
 from jaxsys.offload.choose import Mode
 from jaxsys.offload.engine import forward, init_state, make_engine
 from jaxsys.offload.generate import DeviceLost, generate
+from jaxsys.offload.hosted import host_weights, hosted
 from jaxsys.offload.load import place_model
 from jaxsys.offload.monitor import Monitor, device_bytes, terms
 from jaxsys.offload.parts import cache_bytes, parts_of
@@ -231,6 +232,43 @@ def test_modes_are_chosen_while_it_runs_and_experts_come_and_go(forms):
     assert cached.monitor.uses == trace.experts.size
     with pytest.raises(UserError, match="fixed=False"):
         form.engine(form.plan(1.0, 0.0), policy=lru())
+
+
+def test_the_next_router_run_early_copies_what_it_names(forms):
+    """Prefetched or named in vain, the tokens stay; hits are those of the routers themselves."""
+    form = forms("mixtral")
+    engine = form.engine(form.plan(0.0, 0.0), early=True)
+    form.check(engine)
+    monitor = engine.monitor
+    assert 0 < monitor.early_right <= monitor.early
+    assert 0 < monitor.early_rate <= 1
+    assert monitor.early_copies > 0
+    # Nothing else was to be copied, so all that moved was moved ahead.
+    expert = next(part for part in form.parts if part.kind == "expert")
+    assert monitor.moved_bytes == monitor.early_copies * expert.n_bytes
+    assert engine.ring.peak_bytes <= engine.ring.depth * expert.n_bytes
+    # By hand: the second layer's norm and router on what the first layer's half leaves.
+    x = jax.random.normal(jax.random.key(0), (3, form.config.width))
+    own = form.params["model"]["layers"]["1"]
+    named = engine.programs.early(own, x)
+    gain = own["post_attention_layernorm"]["weight"]
+    h = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + form.config.norm_eps) * gain[None]
+    logits = h @ own["block_sparse_moe"]["gate"]["weight"].T
+    np.testing.assert_array_equal(named, jax.lax.top_k(logits, 2)[1])
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("llama", marks=pytest.mark.slow)])
+def test_one_program_with_weights_in_host_memory_gives_the_same(forms, name):
+    form, device = forms(name), jax.devices("cpu")[0]
+    if "pinned_host" not in [memory.kind for memory in device.addressable_memories()]:
+        pytest.skip("no page-locked host memory")
+    own = host_weights(form.params, form.config, device)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(own)}
+    assert kinds == {"pinned_host", device.default_memory().kind}
+    tokens = np.zeros((4, 24), np.int32)
+    tokens[0, :18] = PROMPTS[2]
+    found = np.asarray(hosted(form.config)(own, tokens))[0, :18]
+    np.testing.assert_allclose(found, form.logits([PROMPTS[2]])[0], 2e-4, 2e-4)
 
 
 @pytest.mark.slow
