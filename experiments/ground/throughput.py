@@ -1,6 +1,7 @@
 """Seconds of a training step and of rendering.
 
-    python experiments/ground/throughput.py            (results/throughput.md, two minutes)
+    python experiments/ground/throughput.py                 (results/throughput.md, six minutes)
+    python experiments/ground/throughput.py --parts Adapters Rendering      (others are kept)
     python experiments/ground/throughput.py --smoke
 
 A step of MATCH on features that are fixed, a whole epoch in one compiled program, beside a
@@ -221,21 +222,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     args = parser.parse_args()
     if args.smoke:
         print(markdown_table(steps_table(1, 2, {"tiny": (4, 2, 8, 8)})))
         print(markdown_table(render_table(1, (8,), (2,))))
         return
-    found = {name: part(args.runs) for name, part in PARTS.items()}
-    text = "# Throughput of grounding\n\n"
-    text += f"{machine(devices=True)}. {args.runs} rounds in turns, medians; ratios with the 95 % "
-    text += "bootstrap interval of the rounds' ratios. Times are of a shared machine.\n"
-    for name, table in found.items():
-        text += f"\n## {name}\n\n{markdown_table(table)}"
-    atomic_write(RESULTS / "throughput.md", text)
-    atomic_write(
-        RESULTS / "throughput.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n"
+    file = RESULTS / "throughput.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    for name in args.parts:
+        table = PARTS[name](args.runs)
+        found[name] = {"machine": str(machine(devices=True)), "rounds": args.runs, "rows": table}
+    text = (
+        "# Throughput of grounding\n\nMedians of rounds in turns; ratios with the 95 % bootstrap "
     )
+    text += "interval of the rounds' ratios. Times are of a shared machine.\n"
+    for name in (name for name in PARTS if name in found):
+        one = found[name]
+        text += f"\n## {name}\n\n{markdown_table(one['rows'])}"
+        text += f"\n{one['machine']}; {one['rounds']} rounds.\n"
+    atomic_write(file.with_suffix(".md"), text)
+    atomic_write(file, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     print(text)
 
 

@@ -122,6 +122,7 @@ def test_snare_from_its_files_to_a_leaderboard(snare, tmp_path, capfd):
         (["--snare", "SNARE", "--prepared", "x"], "both SNARE and a prepared folder"),
         (["--prepared", "nowhere"], "nowhere/catalogue.jsonl cannot be read"),
         (["--seeds", "0"], "seeds is 0"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1; correct it$"),
     ],
 )
 def test_mistakes_are_one_sentence(snare, tmp_path, capfd, options, words):
@@ -180,7 +181,7 @@ def pictured(tmp_path_factory):
                 Image.fromarray(image).save(root / "shots" / one / f"{one}-{view}.png")
     tower = clip.Tower(8, 1, 2, 16)
     config = clip.ClipConfig(tower, tower, 6, 8, 4, vocab_size=515, max_positions=24, eos_id=514)
-    params = clip.init(jax.random.key(0), config)
+    params = jax.jit(lambda key: clip.init(key, config))(jax.random.key(0))
     clip.save(root / "clip", params, config)
     pieces = list(clip.tokens.byte_characters().values())
     names = [*pieces, *(p + "</w>" for p in pieces), "th", "<|startoftext|>", "<|endoftext|>"]

@@ -18,13 +18,12 @@ def _pictures(size: int = 32) -> np.ndarray:
 
 def test_a_clip_of_ones_own_is_adapted_as_a_whole(tmp_path):
     config = ClipConfig(Tower(8, 1, 2, 16), Tower(8, 1, 2, 16), 4, 8, 4, vocab_size=9)
-    params = clip.init(jax.random.key(0), config)
+    params = jax.jit(lambda key: clip.init(key, config))(jax.random.key(0))
     clip.save(tmp_path, params, config)
     encoder = image_encoder(f"clip:{tmp_path}")
     kept = encoder.keep(_pictures())
-    whole = clip.encode_image(
-        params, config, jnp.asarray(clip.preprocess(list(_pictures()), config))
-    )
+    pixels = jnp.asarray(clip.preprocess(list(_pictures()), config))
+    whole = jax.jit(lambda params: clip.encode_image(params, config, pixels))(params)
     np.testing.assert_allclose(encoder.encode(encoder.params, kept), whole.features, rtol=1e-5)
     adapters = lora.init(jax.random.key(1), encoder.params, encoder.patterns, rank=1)
     assert len(adapters) == 2

@@ -27,7 +27,7 @@ def encode(params, pixels):
 
 FROZEN = {
     "vision": {"q_proj": {"weight": jax.random.normal(jax.random.key(9), (D, PIXELS)) / 3}},
-    "captioner": gpt2.init(jax.random.key(8), gpt2.tiny()),
+    "captioner": jax.jit(lambda: gpt2.init(jax.random.key(8), gpt2.tiny()))(),
 }
 
 
@@ -75,7 +75,7 @@ def batch():
 @pytest.fixture(scope="module", params=list(GROUNDERS))
 def made(request):
     model = GROUNDERS[request.param]()
-    params = model.init(KEY, FROZEN)
+    params = jax.jit(model.init)(KEY, FROZEN)
     run = jax.jit(lambda batch: model.scores(params, FROZEN, batch))
     return request.param, model, params, run
 
@@ -142,7 +142,7 @@ def test_training_needs_a_key(made, batch):
 @pytest.mark.parametrize("name", ["match", pytest.param("magic", marks=pytest.mark.slow), "da4lg"])
 def test_one_batch_is_learnt_by_heart(name, batch):
     model = GROUNDERS[name]()
-    params, optimiser = model.init(KEY, FROZEN), optax.adam(1e-2)
+    params, optimiser = jax.jit(model.init)(KEY, FROZEN), optax.adam(1e-2)
 
     @jax.jit
     def step(params, state, key):
@@ -150,10 +150,10 @@ def test_one_batch_is_learnt_by_heart(name, batch):
         updates, state = optimiser.update(slopes, state)
         return optax.apply_updates(params, updates), state
 
-    state = optimiser.init(params)
+    state = jax.jit(optimiser.init)(params)
     for i in range(60):
         params, state = step(params, state, jax.random.key(i))
-    scores = np.asarray(model.scores(params, FROZEN, batch))
+    scores = np.asarray(jax.jit(model.scores)(params, FROZEN, batch))
     assert scores.argmax(1).tolist() == batch.answer.tolist()
 
 
@@ -171,7 +171,7 @@ def unit(x):
 
 def test_match_is_its_formula(batch):
     model = GROUNDERS["match"]()
-    params = model.init(KEY, {})
+    params = jax.jit(model.init)(KEY, {})
     seen = np.where(batch.mask[..., None], batch.views, -np.inf).max(2)
     text = np.repeat(unit(np.asarray(batch.text))[:, None], K, 1)
     want = numpy_mlp(params["head"], np.concatenate([unit(seen), text], -1))
@@ -191,15 +191,16 @@ def test_zero_shot_is_its_formula(batch):
 
 def test_lagor_scores_two_views_as_match_does(batch):
     model = lagor(LagorConfig(D, L, V, hidden=(16,), view_hidden=(8,), dropout=0.0))
-    params = model.init(KEY, {})
+    params = jax.jit(model.init)(KEY, {})
+    run = jax.jit(lambda batch: model.scores(params, {}, batch, key=KEY))
     chosen = np.array([[1, 2, 0], [3, 3, 3], [0, 1, 2], [2, 0, 1]])
     only = jnp.asarray(np.arange(V)[None, None] == chosen[..., None])
     single = batch._replace(mask=only)  # one view: both draws are this one
     view = np.take_along_axis(np.asarray(batch.views), chosen[..., None, None], 2)[:, :, 0]
     text = np.repeat(unit(np.asarray(batch.text))[:, None], K, 1)
     want = numpy_mlp(params["head"], np.concatenate([unit(view), text], -1))
-    np.testing.assert_allclose(model.scores(params, {}, single, key=KEY), want, atol=1e-5)
-    loss, parts = model.loss(params, {}, single, key=KEY)
+    np.testing.assert_allclose(run(single), want, atol=1e-5)
+    loss, parts = jax.jit(lambda: model.loss(params, {}, single, key=KEY))()
     logits = unit(view)
     layers = jax.tree.map(np.asarray, params["view"]["layers"])
     logits = np.maximum(logits @ layers[0]["kernel"] + layers[0]["bias"], 0)
@@ -213,7 +214,7 @@ def test_lagor_scores_two_views_as_match_does(batch):
     pinned = batch._replace(
         mask=jnp.ones((B, K, V), bool), first_view=jnp.full((B, K), 2), answer=batch.answer
     )
-    two = np.asarray(model.scores(params, {}, pinned, key=KEY))
+    two = np.asarray(run(pinned))
     by_view = [unit(np.asarray(batch.views)[:, :, v]) for v in range(V)]
     ways = [np.maximum(by_view[2], by_view[v]) for v in range(V)]
     possible = [numpy_mlp(params["head"], np.concatenate([way, text], -1)) for way in ways]
@@ -225,7 +226,7 @@ def test_lagor_scores_two_views_as_match_does(batch):
 def test_adapters_start_as_the_frozen_encoder(batch):
     pixels_only = batch._replace(views=None)
     adapted = da4lg(config("lora", shared=8), encode)
-    params = adapted.init(KEY, FROZEN)
+    params = jax.jit(adapted.init)(KEY, FROZEN)
     got = adapted.scores(params, FROZEN, pixels_only)
     for domain in ("frozen", "full"):
         other = da4lg(config(domain, shared=8), encode)
@@ -238,7 +239,7 @@ def test_adapters_start_as_the_frozen_encoder(batch):
 
 def test_a_residual_starts_as_the_fixed_features(batch):
     model = da4lg(config("residual", shared=8))
-    params = model.init(KEY, {})
+    params = jax.jit(model.init)(KEY, {})
     still = da4lg(config("frozen", shared=8))
     heads = {k: v for k, v in params["heads"].items() if k not in ("narrow", "widen")}
     np.testing.assert_array_equal(
