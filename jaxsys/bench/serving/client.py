@@ -77,7 +77,7 @@ def target_of(url: str, model: str, *, chat: bool = False, key: str = "") -> Tar
     return Target(parts.hostname, port or (443 if secure else 80), base, model, chat, secure, key)
 
 
-async def ask(target: Target, fields: Mapping[str, Any], timeout_s: float = 600.0) -> Trace:
+async def ask(target: Target, fields: Mapping[str, Any], timeout_s: float | int = 600.0) -> Trace:
     """Send a request, and take the time of every piece of its answer.
 
     Args:

@@ -51,7 +51,7 @@ def exposition(counts: Counts, figures: Figures, connections: int) -> str:
     """
     lines: list[str] = []
 
-    def write(name: str, kind: str, value: float, labels: str = "") -> None:
+    def write(name: str, kind: str, value: float | int, labels: str = "") -> None:
         typed = f"# TYPE jaxsys_{name} {kind}"
         if typed not in lines:
             lines.append(typed)

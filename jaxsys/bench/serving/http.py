@@ -42,8 +42,8 @@ class Limits:
     body_bytes: int = 1 << 20
     connections: int = 4096
     requests: int = 2048
-    head_s: float = 30.0
-    slow_s: float = 20.0
+    head_s: float | int = 30.0
+    slow_s: float | int = 20.0
     write_bytes: int = 64 << 10
 
 

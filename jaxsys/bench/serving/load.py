@@ -32,7 +32,7 @@ _WORDS = (
 
 
 def arrival_times(
-    count: int, rate: float, *, burstiness: float = 1.0, seed: int = 0
+    count: int, rate: float | int, *, burstiness: float | int = 1.0, seed: int = 0
 ) -> Float[np.ndarray, "N"]:
     """Draw when requests arrive.
 

@@ -65,7 +65,7 @@ class Trace:
         return tuple(np.diff(self.token_s).tolist())
 
 
-def check_objectives(slo: Mapping[str, float]) -> None:
+def check_objectives(slo: Mapping[str, float | int]) -> None:
     """Refuse objectives that are not known.
 
     Args:
@@ -87,7 +87,9 @@ def check_objectives(slo: Mapping[str, float]) -> None:
             )
 
 
-def summarise(traces: Sequence[Trace], slo: Mapping[str, float] | None = None) -> dict[str, Any]:
+def summarise(
+    traces: Sequence[Trace], slo: Mapping[str, float | int] | None = None
+) -> dict[str, Any]:
     """Summarise requests that were served in one run.
 
     Args:

@@ -183,12 +183,12 @@ class Load:
     inf
     """
 
-    rate: float = float("inf")
-    burstiness: float = 1.0
+    rate: float | int = float("inf")
+    burstiness: float | int = 1.0
     concurrency: int | None = None
     chat: bool = False
     ignore_eos: bool = False
-    timeout_s: float = 600.0
+    timeout_s: float | int = 600.0
     seed: int = 0
 
 
@@ -229,7 +229,7 @@ def measure(
     prompts: Sequence[Prompt],
     load: Load,
     *,
-    slo: Mapping[str, float] | None = None,
+    slo: Mapping[str, float | int] | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -264,10 +264,16 @@ def measure(
         for name in ("steps", "preempted", "read_tokens", "shared_tokens", "given_tokens")
     }
     own = summarise(inside, slo) if inside else None
-    flags = {"model": served.name, "layout": asdict(served.engine.layout), **asdict(load)}
-    flags["slo"] = dict(slo or {})
+    flags = {"model": served.name, "layout": asdict(served.engine.layout), **_flags(load, slo)}
+    found = summarise(traces, slo)
+    return record("serve", load.seed, flags, **found, engine=own, counted=counted)
+
+
+def _flags(load: Load, slo: Mapping[str, float | int] | None) -> dict[str, Any]:
+    flags = asdict(load) | {"slo": dict(slo or {})}
+    flags["rate"] = "inf" if math.isinf(load.rate) else load.rate  # JSON has no infinity
     del flags["seed"]
-    return record("serve", load.seed, flags, **summarise(traces, slo), engine=own, counted=counted)
+    return flags
 
 
 def measure_url(
@@ -275,7 +281,7 @@ def measure_url(
     prompts: Sequence[Prompt],
     load: Load,
     *,
-    slo: Mapping[str, float] | None = None,
+    slo: Mapping[str, float | int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Load any OpenAI-compatible server, and make a row of results.

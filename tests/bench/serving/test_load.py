@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.bench.serving.load import (
@@ -34,18 +34,18 @@ def test_a_rate_of_infinity_is_a_burst():
             arrival_times(*wrong)
 
 
-traces = st.builds(
-    lambda sent, first, gaps: Trace(
-        sent, tuple(np.cumsum([sent + first, *gaps]).tolist()), sent + 100.0, 3, len(gaps) + 1
-    ),
-    st.floats(0, 5),
-    st.floats(0.01, 5),
-    st.lists(st.floats(0.01, 1), max_size=6),
-)
+def trace_of(sent, first, gaps):
+    times = tuple(np.cumsum([sent + first, *gaps]).tolist())
+    return Trace(sent, times, sent + 100.0, 3, len(gaps) + 1)
 
 
-@given(st.lists(traces, min_size=1, max_size=8), st.floats(0.1, 8))
-def test_definitions(found, most_s):
+parts = st.tuples(st.floats(0, 5), st.floats(0.01, 5), st.lists(st.floats(0.01, 1), max_size=6))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(parts, min_size=1, max_size=8), st.floats(0.1, 8))
+def test_definitions(drawn, most_s):
+    found = [trace_of(*part) for part in drawn]
     for trace in found:
         ttft = trace.token_s[0] - trace.sent_s
         assert trace.ttft_s == ttft
