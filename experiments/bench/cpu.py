@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,12 @@ def run_part(given: argparse.Namespace) -> None:
         "static": static, "comm": comm, "train": train, "finetune": finetune, "serve": serve,
         "modules": modules, "memory": modules, "ops": ops,
     }  # fmt: skip
-    for row in makers[given.child](given):
-        append_jsonl(given.out / f"{given.child}.jsonl", row)
+    file = given.out / f"{given.child}.jsonl"
+    given.keep = partial(append_jsonl, file)
+    rows = makers[given.child](given)
+    if given.child not in ("train", "finetune"):  # these keep each row as soon as they have it
+        for row in rows:
+            given.keep(row)
 
 
 def task_of(given: argparse.Namespace, method: str = "pretrain") -> Any:
@@ -159,6 +164,7 @@ def options_of(given: argparse.Namespace) -> dict[str, Any]:
         "memory": not given.smoke,
         "lines": lines_of(given),
         "on_event": tell,
+        "on_row": given.keep,
     }
 
 
@@ -195,19 +201,23 @@ def modules(given: argparse.Namespace) -> list[dict[str, Any]]:
     from jaxsys.bench.dissect import measure
     from jaxsys.bench.techniques import Technique
 
-    task, config, rows = task_of(given), shapes.shape(MODEL), []
-    chosen = [Technique(), Technique(recompute="full"), Technique(dtype="bf16")]
-    for technique in chosen[:1] if given.smoke or given.child == "memory" else chosen:
-        flags = {
-            "model": MODEL,
-            "batch": task.batch,
-            "tokens": task.tokens,
-            "technique": technique.name,
-        }
+    task, rows, config = task_of(given), [], shapes.shape(MODEL)
+    wide = replace(config, width=768, head_width=64, heads=12, kv_heads=6, ffn_width=2064)
+    cells = {
+        "naive": (config, Technique()),
+        "recompute full": (config, Technique(recompute="full")),
+        "dtype bf16": (config, Technique(dtype="bf16")),
+        "naive, width 768": (wide, Technique()),
+    }
+    for name, (model, technique) in cells.items():
+        alone = given.smoke or given.child == "memory"
+        if alone and name != "naive":
+            continue
+        flags = {"model": MODEL, "batch": task.batch, "tokens": task.tokens, "technique": name}
         if given.child == "memory":
             flags["freed memory"] = "given back"
-        rounds = 2 if given.smoke else 20
-        rows.append(measure(config, technique, task, flags, rounds=rounds, on_event=tell))
+        rounds = 2 if given.smoke else 10 if model is wide else 20
+        rows.append(measure(model, technique, task, flags, rounds=rounds, on_event=tell))
     return rows
 
 

@@ -17,6 +17,14 @@ from jaxsys.bench.modules import OPTIMIZER, OTHER, PARTS
 from jaxsys.core.measure import Ratio, Timing, bootstrap_ci, interleaved, ratio, timing
 from jaxsys.core.stages import Stage, StagedLoss, cut_scopes, zero_cotangent
 
+# Coarser pieces, within which the compiler may fuse.
+GROUPS = {
+    "embedding": "embedding",
+    **dict.fromkeys(("norm", "qkv", "rope", "scores", "softmax", "values", "output"), "attention"),
+    "mlp": "mlp",
+    **dict.fromkeys(("head", "loss"), "head"),
+}
+
 
 class Ablation(NamedTuple):
     """Times of the parts alone.
@@ -53,7 +61,7 @@ def ablate(
     *,
     step: Callable[[], Any],
     optimizer: Callable[[], Any] | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | Mapping[str, str] = PARTS,
     rounds: int = 10,
     warmup: int = 2,
 ) -> Ablation:
@@ -67,7 +75,7 @@ def ablate(
       data: the other arguments.
       step: runs the whole step once.
       optimizer: runs the optimizer once.
-      parts: the scopes' names.
+      parts: the scopes' names, or scope to the name of the piece that it belongs to (`GROUPS`).
       rounds: timed rounds.
       warmup: rounds before them.
 
@@ -88,7 +96,8 @@ def ablate(
     >>> sorted(found.seconds)
     [('loss', 'backward'), ('loss', 'forward'), ('mlp', 'backward'), ('mlp', 'forward')]
     """
-    staged, labels = cut_scopes(loss_fn, params, data, parts)
+    names = parts if isinstance(parts, Mapping) else {part: part for part in parts}
+    staged, labels = cut_scopes(loss_fn, params, data, names)
     timed = _programs(staged, labels, params, data)
     if optimizer is not None:
         timed.append(_Timed(OPTIMIZER, OPTIMIZER, 1, optimizer))

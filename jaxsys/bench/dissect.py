@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxsys.bench.ablation import Ablation, ablate
+from jaxsys.bench.ablation import GROUPS, Ablation, ablate
 from jaxsys.bench.counts import step_flops
 from jaxsys.bench.modules import OPTIMIZER, PARTS, Split, split
 from jaxsys.bench.records import figure_of, record
@@ -47,8 +47,9 @@ def measure(
     Returns:
       A row of kind ``modules``: ``step``; ``parts``, a dict from "part phase" to ``profiled`` and
       ``alone`` (timed figures), ``share`` of the step (profiled) and ``flops`` where known;
-      ``profiled_total`` and ``alone_total``, what the parts add up to over the step; ``overhead``
-      of the profiler, a ratio. A technique that cannot be used is a row that says so.
+      ``profiled_total`` and ``alone_total``, what the parts add up to over the step; ``groups`` and
+      ``groups_total``, the same of attention, mlp, head and so on, each alone as one program;
+      ``overhead`` of the profiler, a ratio. A technique that cannot be used is a row that says so.
 
     Raises:
       UserError: a technique that splits over devices.
@@ -76,11 +77,13 @@ def measure(
     run = partial(compiled, state, batch)
     on_event(f"the step under the profiler, {rounds} rounds")
     found = split(run, compiled.as_text(), rounds=rounds)
-    alone = None
+    alone: dict[str, Ablation] = {}
     if _as_written(technique, task):
-        on_event(f"each part alone, {rounds} rounds")
+        on_event(f"each part alone, then groups of parts, {rounds} rounds each")
         alone = _alone(config, technique, task, state, batch, run, rounds)
-    fields = _fields(found, alone)
+    fields = _fields(found, alone.get("parts"))
+    if "groups" in alone:
+        fields |= _grouped(found, alone["groups"])
     for name, cost in step_flops(config, task.batch, task.tokens, method=task.method).items():
         for phase, flops in (("forward", cost.forward), ("backward", cost.backward)):
             key = name if name == OPTIMIZER else f"{name} {phase}"
@@ -102,7 +105,7 @@ def _alone(
     batch: Any,
     run: Callable[[], Any],
     rounds: int,
-) -> Ablation:
+) -> dict[str, Ablation]:
     params, tokens = state["trained"]["model"], batch["tokens"][0]
     execution = lm.Execution(technique.attention)
     optimizer = adamw(task.lr)
@@ -116,14 +119,15 @@ def _alone(
     def loss(params: Any, tokens: Any) -> Any:
         return lm.loss(params, config, tokens, execution=execution)
 
-    return ablate(
-        loss,
-        params,
-        (tokens,),
-        step=run,
-        optimizer=lambda: update(params, memory, params),
-        rounds=rounds,
-    )
+    options: dict[str, Any] = {
+        "step": run,
+        "optimizer": lambda: update(params, memory, params),
+        "rounds": rounds,
+    }
+    return {
+        "parts": ablate(loss, params, (tokens,), **options),
+        "groups": ablate(loss, params, (tokens,), parts=GROUPS, **options),
+    }
 
 
 def _fields(found: Split, alone: Ablation | None) -> dict[str, Any]:
@@ -149,6 +153,17 @@ def _fields(found: Split, alone: Ablation | None) -> dict[str, Any]:
         "operations": found.operations,
         **totals,
     }
+
+
+def _grouped(found: Split, alone: Ablation) -> dict[str, Any]:
+    groups: dict[str, dict[str, Any]] = {}
+    for key in alone.seconds:
+        held = [s[0] for k, s in found.seconds.items() if (GROUPS.get(k[0], k[0]), k[1]) == key]
+        groups[" ".join(dict.fromkeys(key))] = {
+            "profiled_s": sum(held),
+            "alone": _figure(alone.seconds[key], alone.step),
+        }
+    return {"groups": groups, "groups_total": _ends(alone.total)}
 
 
 def _figure(ends: tuple[float, float, float], step: Timing) -> dict[str, float | int]:

@@ -53,13 +53,29 @@ def throughput_and_memory(rows: Sequence[Row]) -> "Figure | None":
     return fig
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    """Flags in which rows differ, as short as can be told apart."""
+def labels(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """Name rows by the flags in which they differ.
+
+    Args:
+      rows: of one kind.
+
+    Returns:
+      A name for each, and the flags that all share, as text.
+
+    >>> labels([{"flags": {"batch": 2, "zero": 1}}, {"flags": {"batch": 2, "zero": 2}}])
+    (['zero 1', 'zero 2'], 'batch 2')
+    """
     flat = [_flat(row["flags"]) for row in rows]
     names = list(dict.fromkeys(key for flags in flat for key in flags))
     same = {n for n in names if len({str(flags.get(n)) for flags in flat}) == 1}
     found = [label({"flags": {k: v for k, v in flags.items() if k not in same}}) for flags in flat]
-    return [_short(text.removeprefix("technique ") or label(rows[0])) for text in found]
+    shared = label({"flags": {k: v for k, v in (flat[0] if flat else {}).items() if k in same}})
+    return [text.removeprefix("technique ") for text in found], shared
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    own, shared = labels(rows)
+    return [_short(text or shared) for text in own]
 
 
 def _flat(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +108,7 @@ def parts(row: Row) -> "Figure | None":
     }
     if not any(table.values()):
         return None
+    table = {key if " " in key else f"{key} {key}": value for key, value in table.items()}
     names = list(dict.fromkeys(key.partition(" ")[0] for key in table))
     phases = list(dict.fromkeys(key.partition(" ")[2] for key in table))
     fig, ((left, right),) = figure(1, 2, width=4.8, height=3.6)

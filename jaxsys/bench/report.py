@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxsys.bench import figures
 from jaxsys.bench.compare import number
 from jaxsys.bench.page import html_page
-from jaxsys.bench.records import KINDS, label
+from jaxsys.bench.records import KINDS
 from jaxsys.core.report import atomic_write, markdown_table, save_figure
 
 if TYPE_CHECKING:
@@ -174,9 +174,10 @@ def _status(row: Row) -> str:
 
 def _training(rows: Sequence[Row]) -> Section:
     kind = rows[0]["kind"]
+    own, shared = figures.labels(rows)
     table = [
         {
-            "": label(row),
+            "": name,
             "tokens/s": _scaled(row, "tokens_per_s", 1.0),
             "step ms": timed(row, "step"),
             "MFU %": _scaled(row, "mfu", 100.0),
@@ -186,18 +187,24 @@ def _training(rows: Sequence[Row]) -> Section:
             "compile s": _scaled(row, "compile_s", 1.0),
             "why not": _status(row),
         }
-        for row in rows
+        for name, row in zip(own, rows, strict=True)
     ]
     name = "training" if kind == "train" else "finetuning"
     what = "Tokens per second and peak memory of each technique"
     drawn = figures.throughput_and_memory(rows)
-    return Section(_TITLES[kind], (), tuple(table), ((name, what, drawn),) if drawn else ())
+    shown = ((name, what, drawn),) if drawn else ()
+    return Section(_TITLES[kind], _all(shared), tuple(table), shown)
+
+
+def _all(shared: str) -> tuple[str, ...]:
+    return (f"All rows: {shared}.",) if shared else ()
 
 
 def _serving(rows: Sequence[Row]) -> Section:
     table = []
-    for row in rows:
-        line: dict[str, Any] = {"": label(row)}
+    own, shared = figures.labels(rows)
+    for text, row in zip(own, rows, strict=True):
+        line: dict[str, Any] = {"": text}
         for name in ("ttft", "tpot", "itl", "e2e"):
             line |= {
                 f"{name.upper()} {p} ms": _scaled(row, f"{name}_s.{p}", 1e3) for p in ("p50", "p99")
@@ -212,6 +219,7 @@ def _serving(rows: Sequence[Row]) -> Section:
         }
         table.append(line)
     notes = (
+        *_all(shared),
         "TTFT: first token. TPOT: the others' mean, (E2E − TTFT) / (tokens − 1). ITL: between two "
         "tokens. E2E: whole request. Goodput: requests a second that kept the limits.",
     )
@@ -221,9 +229,9 @@ def _serving(rows: Sequence[Row]) -> Section:
 
 
 def _modules(rows: Sequence[Row]) -> Section:
-    table, notes, shown = [], [], []
-    for i, row in enumerate(rows):
-        name = label(row)
+    own, shared = figures.labels(rows)
+    table, notes, shown = [], [*_all(shared)], []
+    for i, (name, row) in enumerate(zip(own, rows, strict=True)):
         if row["status"] != "ok":
             notes.append(f"{name}: {_status(row)}.")
             continue
@@ -243,16 +251,17 @@ def _modules(rows: Sequence[Row]) -> Section:
             )
         notes += _sums(row, name)
         if drawn := figures.parts(row):
-            shown.append((f"parts_{i}" if i else "parts", f"Parts of a step, {name}", drawn))
-    several = len({label(row) for row in rows}) > 1
+            what = f"Parts of a step, {name or shared}"
+            shown.append((f"parts_{i}" if i else "parts", what, drawn))
+    several = len(set(own)) > 1
     kept = [line if several else {k: v for k, v in line.items() if k} for line in table]
     return Section(_TITLES["modules"], tuple(notes), tuple(kept), tuple(shown))
 
 
 def _sums(row: Row, name: str) -> list[str]:
     """Say how the two ways of timing parts add up."""
-    said = [f"{name}: the step takes {timed(row, 'step')} ms."]
-    for field, what in (("profiled_total", "profiled"), ("alone_total", "timed alone")):
+    said = [f"{name}: the step takes {timed(row, 'step')} ms.".removeprefix(": ")]
+    for field, what in _TOTALS:
         middle, low, high = (number(row, f"{field}.{end}") for end in ("median", "low", "high"))
         if middle is not None and low is not None and high is not None:
             said.append(
@@ -260,6 +269,13 @@ def _sums(row: Row, name: str) -> list[str]:
                 f"[{100 * low:.1f}, {100 * high:.1f}]."
             )
     return [" ".join(said)]
+
+
+_TOTALS = (
+    ("profiled_total", "profiled"),
+    ("alone_total", "timed alone"),
+    ("groups_total", "timed alone as attention, mlp, head, embedding and optimizer"),
+)
 
 
 def _operators(rows: Sequence[Row]) -> Section:
@@ -315,12 +331,13 @@ def _communication(rows: Sequence[Row]) -> Section:
 
 def _static(rows: Sequence[Row]) -> Section:
     own = ("format", "kind", "status", "machine", "versions", "git", "flags", "seed", "why")
+    own_names, shared = figures.labels(rows)
     table = []
-    for row in rows:
+    for name, row in zip(own_names, rows, strict=True):
         plain = {
             key: value
             for key, value in row.items()
             if key not in own and isinstance(value, str | int | float)
         }
-        table.append({"": label(row), **plain, "why not": _status(row)})
-    return Section(_TITLES["static"], (), tuple(table), ())
+        table.append({"": name, **plain, "why not": _status(row)})
+    return Section(_TITLES["static"], _all(shared), tuple(table), ())

@@ -99,8 +99,8 @@ def _known(kind: str, dtype: str) -> Peaks | None:
 @cache
 def _measured(device: Any, dtype: str) -> Peaks:
     sizes = (512, 1024) if device.platform == "cpu" else (4096, 8192)
-    accumulate = jnp.int32 if dtype == "int8" else jnp.float32
-    product = jax.jit(partial(jnp.matmul, preferred_element_type=accumulate))
+    wide = jnp.int32 if dtype == "int8" else jnp.dtype(dtype)
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=wide))
     squares = {n: jax.device_put(jnp.ones((n, n), dtype), device) for n in sizes}
     calls = {str(n): partial(product, x, x) for n, x in squares.items()}
     times = interleaved(calls, warmup=1, runs=5)

@@ -292,7 +292,7 @@ def cut_at(
 
 
 def cut_scopes(
-    loss_fn: Callable[..., Any], params: Any, data: tuple[Any, ...], names: Sequence[str]
+    loss_fn: Callable[..., Any], params: Any, data: tuple[Any, ...], names: Mapping[str, str]
 ) -> tuple[StagedLoss, tuple[str, ...]]:
     """Cut a loss wherever the `jax.named_scope` changes, to run each part of a model alone.
 
@@ -300,10 +300,10 @@ def cut_scopes(
       loss_fn: ``loss_fn(params, *data) -> scalar``.
       params: tree of arrays or of `jax.ShapeDtypeStruct`; shapes and dtypes are fixed by it.
       data: the other arguments of the loss.
-      names: scopes that count; what is written in no such scope stays with what comes before it.
+      names: scope to its stages' label; what is in no such scope stays with what comes before it.
 
     Returns:
-      The `StagedLoss`, and the scope of each stage ("" where the loss begins outside of all).
+      The `StagedLoss`, and the label of each stage ("" where the loss begins outside of all).
 
     Raises:
       UserError: what `jaxsys.core.traced.trace_loss` refuses.
@@ -313,16 +313,16 @@ def cut_scopes(
     ...         x = x @ p
     ...     with jax.named_scope("sum"):
     ...         return jnp.sum(x)
-    >>> cut_scopes(loss, jnp.ones((2, 3)), (jnp.ones((1, 2)),), ("up", "sum"))[1]
-    ('up', 'sum')
+    >>> cut_scopes(loss, jnp.ones((2, 3)), (jnp.ones((1, 2)),), {"up": "a", "sum": "b"})[1]
+    ('a', 'b')
     """
     graph = trace_loss(loss_fn, params, *data)
     starts, labels = [], []
     for i, (eqn, kind) in enumerate(zip(graph.program.equations, graph.kinds, strict=True)):
-        scope = eqn.scope if eqn.scope in names else ""
-        if kind == "main" and (not labels or scope not in ("", labels[-1])):
+        label = names.get(eqn.scope, "")
+        if kind == "main" and (not labels or label not in ("", labels[-1])):
             starts.append(i)
-            labels.append(scope)
+            labels.append(label)
     return _stage(graph, starts, [False] * len(starts)), tuple(labels)
 
 

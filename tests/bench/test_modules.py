@@ -87,7 +87,10 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 def test_parts_alone_are_those_of_the_loss_and_equal_layers_share_programs():
     params, tokens = lm.shapes(CONFIG), jax.ShapeDtypeStruct((2, 17), "int32")
     staged, labels = cut_scopes(
-        lambda p, x: lm.loss(p, CONFIG, x), _nested(params), (tokens,), modules.PARTS
+        lambda p, x: lm.loss(p, CONFIG, x),
+        _nested(params),
+        (tokens,),
+        {part: part for part in modules.PARTS},
     )
     assert set(labels) == set(modules.PARTS)
     assert labels.count("mlp") == CONFIG.layers
@@ -127,6 +130,10 @@ def test_a_row_has_both_ways_and_their_sums():
     assert row["parts"]["optimizer"]["alone"]["runs"] == 2
     assert 0 < row["profiled_total"]["median"] < 2
     assert row["alone_total"]["median"] > 0
+    assert row["groups"]["attention backward"]["alone"]["median_s"] > 0
+    assert row["groups"]["mlp forward"]["profiled_s"] == pytest.approx(
+        row["parts"]["mlp forward"]["profiled"]["median_s"]
+    )
     assert row["flags"] == {"model": "test"}
 
 
