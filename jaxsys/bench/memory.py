@@ -21,7 +21,6 @@ from jaxsys.core.errors import UserError
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_MMAP_MAX_": "1000000",
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_MMAP_MAX_": "65536",  # glibc's own; the caller may run without
