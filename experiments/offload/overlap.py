@@ -40,11 +40,11 @@ import numpy as np
 from jaxsys.core.measure import interleaved, machine, ratio, timing
 from jaxsys.core.report import atomic_write, format_seconds, markdown_table, to_json
 from jaxsys.models import lm
+from jaxsys.models.rows import row_product
 from jaxsys.offload.engine import Engine, forward, init_state, make_engine
 from jaxsys.offload.load import place_model
 from jaxsys.offload.monitor import Monitor
 from jaxsys.offload.parts import parts_of
-from jaxsys.models.rows import row_product
 from jaxsys.offload.place import find_devices
 from jaxsys.offload.transfer import Ring
 from jaxsys.offload.types import Part, Plan

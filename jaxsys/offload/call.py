@@ -173,7 +173,11 @@ class Call:
     def _look_ahead(self, i: int, home: Any, x: Any) -> None:
         """Run the router of the next layer on this layer's residual stream."""
         following = i + 1
-        if self.ring is None or following == self.placed.config.layers or not self.placed.config.is_sparse(following):
+        if (
+            self.ring is None
+            or following == self.placed.config.layers
+            or not self.placed.config.is_sparse(following)
+        ):
             return
         layer = self.placed.layers[following]
         if layer.half is None or layer.half.role == "stream" or self.placed.home(layer) != home:

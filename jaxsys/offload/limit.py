@@ -135,6 +135,6 @@ def _bytes_s(parts, machine, hit, resident, way) -> tuple[float, float, float]:
 
 def _best_share(cpu: float, link: float, dram: float) -> float:
     """The least share of the CPU at which neither it nor the link is above the best maximum."""
-    best = max(cpu * link / (cpu + link), dram) if 0 < cpu and link < np.inf else np.inf
+    best = max(cpu * link / (cpu + link), dram) if cpu > 0 and link < np.inf else np.inf
     # Reading alone, the CPU does not wait for the memory, so it may be faster than any two.
     return 1.0 if cpu <= best else max(0.0, 1 - best / link)

@@ -140,7 +140,14 @@ def _busy_share(parts: Sequence[Part], machine: Machine) -> float:
 
 
 def _fill(
-    parts, machine, room: int, most: float, cache_bytes: int, even: bool, cut: bool, column_step: int
+    parts,
+    machine,
+    room: int,
+    most: float,
+    cache_bytes: int,
+    even: bool,
+    cut: bool,
+    column_step: int,
 ) -> list[int]:
     """Choose resident columns: attention, head, then by activations per byte; embeddings last."""
     resident = [0] * len(parts)
@@ -149,7 +156,9 @@ def _fill(
         (i for i, part in enumerate(parts) if part.n_bytes),
         # Equals from all layers in turn: a layer of misses alone leaves the accelerator idle.
         key=lambda i: (
-            rank[parts[i].kind], -parts[i].frequency / parts[i].n_bytes, parts[i].expert
+            rank[parts[i].kind],
+            -parts[i].frequency / parts[i].n_bytes,
+            parts[i].expert,
         ),
     )
 

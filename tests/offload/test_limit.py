@@ -48,7 +48,7 @@ def test_no_share_of_the_misses_beats_the_split(hbm, link, cpu, dram, hit):
     found = limit(parts, device, hit=hit)
     miss, hot = (1 - hit) * 4, (1 + hit * 4) / hbm
     for q in np.linspace(0, 1, 51):
-        # A CPU that reads alone is never slower than its own rate, which was measured on the memory.
+        # A CPU that reads alone reaches its own rate, which was measured on that memory.
         feed = miss / dram if q < 1 else 0.0
         taken = max(q * miss / cpu, (1 - q) * miss / link, feed) + hot
         assert found.predicted_s <= taken * (1 + 1e-9) + 1e-12

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,7 +18,7 @@ from jaxsys.models.lm.config import LMConfig
 from jaxsys.offload.parts import cache_bytes, parts_of, workspace_bytes
 from jaxsys.offload.plan import describe, make_plan
 from jaxsys.offload.predict import predict, predicted_prefill_s
-from jaxsys.offload.types import Machine, Part, Plan, Processor, column_bytes
+from jaxsys.offload.types import Machine, Part, Plan, Processor
 
 SMALL = LMConfig("mixtral", 64, 16, 1, 4, 2, 4, 24, 64, experts=3, experts_per_token=2,
                  expert_width=24)  # fmt: skip
@@ -108,7 +108,8 @@ def test_every_plan_keeps_to_its_budget_and_beats_the_cpu_alone(rates, share, cu
             assert plan.resident[i] in (0, part.columns)
             assert plan.stream[i] == 0
     alone = make_plan(parts, device, 0, cache_bytes=kept)
-    assert not any(alone.resident) and not any(alone.stream)
+    assert not any(alone.resident)
+    assert not any(alone.stream)
 
     def judged(found):
         more = predicted_prefill_s(found, device, 64) if prompt else 0.0
@@ -132,7 +133,7 @@ def test_more_memory_slows_no_plan(rates):
         make_plan(parts, device, share * total, prompt_tokens=0, column_step=4).predicted_s
         for share in (0.0, 0.4, 1.5)
     ]
-    assert all(b <= 1.1 * a for a, b in zip(times, times[1:], strict=False))
+    assert all(b <= 1.1 * a for a, b in pairwise(times))
 
 
 def test_plans_of_published_shapes():

