@@ -49,8 +49,8 @@ class Engine:
     >>> layout = Layout(slots=2, pages=8, page_tokens=4, context=16)
     >>> engine = Engine(lm.init(jax.random.key(0), config), config, layout)
     >>> engine.submit(Ask(7, (1, 2, 3), max_tokens=2))
-    >>> [event.ended for event in engine.run()]
-    [None, 'length']
+    >>> engine.figures().waiting, engine.idle
+    (1, False)
     """
 
     def __init__(self, params: Any, config: Any, layout: Layout, dtype: Any = None):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from jaxsys.bench.serving.engine import Engine
 from jaxsys.bench.serving.metrics import Trace
 from jaxsys.bench.serving.schedule import Ask
 from jaxsys.evaluate.stream import TextStream
@@ -50,7 +49,7 @@ class Worker:
     """Run an engine in a thread, with its texts.
 
     Args:
-      engine: warmed up; nobody else may use it from now on.
+      engine: an `Engine`, warmed up; nobody else may use it from now on.
       tokenizer: with `decode`.
       deliver: called in the thread after each step, with the pieces that the step made.
       on_trace: called in the thread with the engine's own times of each request that has ended.
@@ -65,7 +64,7 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         tokenizer: Any,
         deliver: Callable[[list[Piece]], None],
         on_trace: Callable[[Trace], None] | None = None,

@@ -66,11 +66,11 @@ def by_itself(model, asks):
     return found
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_tokens_are_those_of_a_request_alone(params, alone, seed):
     random = Random(seed)
-    asks = draw_asks(random, 10, 16)
+    asks = draw_asks(random, 8, 16)
     # Twenty pages of four tokens for three slots of up to thirty: pages run out.
     assert run(Engine(params, CONFIG, LAYOUT), asks, random) == by_itself(alone, asks)
 
@@ -90,7 +90,7 @@ def test_draws_are_those_of_generate_with_the_same_seed(params, alone):
 
 
 @pytest.mark.parametrize(
-    ("rows", "count", "past", "window", "size"), [(1, 5, 0, 0, 2), (3, 1, 9, 4, 4), (2, 3, 6, 2, 1)]
+    ("rows", "count", "past", "window", "size"), [(2, 5, 3, 0, 2), (3, 1, 9, 4, 4)]
 )
 def test_paged_attention_is_attention(rows, count, past, window, size, monkeypatch):
     monkeypatch.setattr(paged, "BLOCK_TOKENS", 4)  # several rounds of the running softmax
@@ -111,8 +111,10 @@ def test_paged_attention_is_attention(rows, count, past, window, size, monkeypat
     start = jnp.full(rows, past)
     where = place(CONFIG, start[:, None] + jnp.arange(count)[None], window=window, slots=total,
                   start=start)  # fmt: skip
-    found = paged.paged_attend(q, in_pages(k), in_pages(v), jnp.asarray(table), start, window)
-    np.testing.assert_allclose(found, attend(q, k, v, where.keep), rtol=1e-5, atol=1e-6)
+    run = jax.jit(paged.paged_attend, static_argnums=5)
+    found = run(q, in_pages(k), in_pages(v), jnp.asarray(table), start, window)
+    wanted = jax.jit(attend)(q, k, v, where.keep)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_engine_cannot_serve_is_refused(params):
