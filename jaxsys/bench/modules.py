@@ -86,8 +86,8 @@ def attribute(
 
     Returns:
       For each instruction ``{(part, phase): share}``, shares adding up to 1. One that calls a fused
-      computation is shared by the work of the instructions in it; of these, those without a path
-      count as the fusion's own.
+      computation is shared by the work of the instructions in it. What the compiler put in, and
+      that has no path, goes with the first instruction that reads it, or else with what it reads.
 
     >>> import jax
     >>> def f(x):
@@ -98,31 +98,49 @@ def attribute(
     >>> (("head", "other"), 1.0) in [p for s in attribute(module).values() for p in s.items()]
     True
     """
-    known = module.instructions
+    known, paths = module.instructions, _paths(module)
     found = {}
     for name, instruction in known.items():
         weights: dict[tuple[str, str], float] = {}
-        for path, weight in _leaves(module, instruction):
+        for path, weight in _leaves(module, instruction, paths):
             key = (part_of(path, parts), phase_of(path))
             weights[key] = weights.get(key, 0.0) + weight
         if not sum(weights.values()):
-            weights = {(part_of(instruction.op_name, parts), phase_of(instruction.op_name)): 1.0}
+            weights = {(part_of(paths[name], parts), phase_of(paths[name])): 1.0}
         total = sum(weights.values())
         found[name] = {key: weight / total for key, weight in weights.items() if weight}
     return found
 
 
-def _leaves(module: hlo.Module, instruction: hlo.Instruction) -> list[tuple[str, float]]:
+def _paths(module: hlo.Module) -> dict[str, str]:
+    """Give every instruction a path of scopes: its own, a reader's, or that of what it reads."""
+    paths: dict[str, str] = {}
+    for computation in module.computations.values():
+        reader: dict[str, str] = {}
+        for i in reversed(computation):
+            paths[i.name] = i.op_name or reader.get(i.name, "")
+            if paths[i.name] and i.opcode != "tuple":
+                reader.update(dict.fromkeys(i.operands, paths[i.name]))
+        for i in computation:
+            if not paths[i.name]:
+                paths[i.name] = next((p for o in i.operands if "/" in (p := paths.get(o, ""))), "")
+    return paths
+
+
+def _leaves(
+    module: hlo.Module, instruction: hlo.Instruction, paths: Mapping[str, str]
+) -> list[tuple[str, float]]:
     """Paths and weights of what an instruction computes, through fusions."""
+    own = paths[instruction.name]
     if instruction.opcode not in ("fusion", "call") or not instruction.called:
-        return [(instruction.op_name, hlo.work(module, instruction))]
+        return [(own, hlo.work(module, instruction))]
     inner = [
         pair
         for name in instruction.called
         for i in module.computations.get(name, ())
-        for pair in _leaves(module, i)
+        for pair in _leaves(module, i, paths)
     ]
-    return [(path or instruction.op_name, weight) for path, weight in inner]
+    return [(path or own, weight) for path, weight in inner]
 
 
 class Split(NamedTuple):

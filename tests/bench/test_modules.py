@@ -57,8 +57,26 @@ ENTRY %main (x: f32[4,8]) -> f32[4,4] {
 }
 """
     share = modules.attribute(hlo.parse(text))["both"]
-    total = 32 + 32 + 256
+    total = 32 + 32 + 256  # c has no path and goes with d, which reads it
     assert share == pytest.approx({("norm", "forward"): 32 / total, ("mlp", "other"): 288 / total})
+
+
+def test_what_the_compiler_put_in_goes_with_its_reader_or_else_with_what_it_reads():
+    text = """HloModule jit_f
+ENTRY %main (x: f32[4]) -> (f32[4], f32[4]) {
+  %x = f32[4]{0} parameter(0), metadata={op_name="x"}
+  %narrow = bf16[4]{0} convert(%x)
+  %again = f32[4]{0} convert(%narrow)
+  %add = f32[4]{0} add(%again, %x), metadata={op_name="jit(f)/jvp(mlp)/add"}
+  %late = f32[4]{0} add(%again, %x), metadata={op_name="jit(f)/jvp(norm)/add"}
+  %copy = f32[4]{0} copy(%late)
+  ROOT %out = (f32[4], f32[4]) tuple(%add, %copy)
+}
+"""
+    shares = modules.attribute(hlo.parse(text))
+    mlp, norm = {("mlp", "forward"): 1.0}, {("norm", "forward"): 1.0}
+    assert shares["narrow"] == shares["again"] == mlp
+    assert shares["copy"] == norm
 
 
 def test_loops_are_not_counted_beside_what_runs_in_them():
