@@ -352,7 +352,7 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
 def _depthwise(x: Array, kernel: Array, stride: int) -> Array:
     """Convolve every channel by itself, as a sum of shifted copies.
 
-    XLA's grouped convolution takes 14 to 70 times as long on a processor, backward most of all.
+    XLA's grouped convolution takes many times as long on a processor, backward most of all.
     """
     side = kernel.shape[-1]
     sizes = [-(-n // stride) for n in x.shape[1:3]]
