@@ -152,8 +152,9 @@ def number(row: Any, path: str) -> float | None:
     value: Any = row
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _timed(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:

@@ -86,7 +86,8 @@ def _flat(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(text: str, most: int = 48) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text.replace("$", r"\$")  # no formulas: the text may be anybody's
 
 
 def parts(row: Row) -> "Figure | None":
@@ -115,16 +116,16 @@ def parts(row: Row) -> "Figure | None":
     places, base = np.arange(len(names))[::-1], np.zeros(len(names))
     for phase, colour in zip(phases, COLOURS * 2, strict=False):
         held = np.array([table.get(f"{name} {phase}", 0.0) for name in names])
-        left.barh(places, held, left=base, color=colour, label=phase)
+        left.barh(places, held, left=base, color=colour, label=_short(phase))
         base += held
-    left.set_yticks(places, names)
+    left.set_yticks(places, [_short(name) for name in names])
     left.set_xlabel("ms of a step (profiled)")
     left.legend(fontsize=7)
     order = np.argsort(-base)
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     right.pie(
         base[order],
-        labels=[names[i] if base[i] > 0.02 * base.sum() else "" for i in order],
+        labels=[_short(names[i]) if base[i] > 0.02 * base.sum() else "" for i in order],
         colors=colours,
         startangle=90,
         counterclock=False,
@@ -172,7 +173,7 @@ def roofline(rows: Sequence[Row]) -> "Figure | None":
         if any(row["flags"].get("group") == name for row in done):
             right.scatter([], [], marker=mark, color=_LINE, s=18, label=name)
     for dtype in dtypes:
-        right.scatter([], [], marker="o", color=colour[dtype], s=18, label=dtype)
+        right.scatter([], [], marker="o", color=colour[dtype], s=18, label=_short(dtype))
     right.legend(fontsize=6, ncols=2)
     return fig
 
@@ -241,7 +242,7 @@ def lines(rows: Sequence[Row]) -> "Figure | None":
         if not points:
             continue
         sizes, seconds = np.array(points).T
-        axis.scatter(sizes / 2**10, 1e3 * seconds, color=colour, s=14, label=name)
+        axis.scatter(sizes / 2**10, 1e3 * seconds, color=colour, s=14, label=_short(name))
         drawn = True
         for row in own:
             alpha, beta = number(row, "line.alpha_s"), number(row, "line.beta_s_per_unit")

@@ -182,7 +182,7 @@ def read_all(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where} is not JSON ({error}); expected a row of results; mend or remove the line"
         ) from None

@@ -40,6 +40,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
         ('{"kind": "train"}', "no row of results"),
         ("[1]", "no row of results"),
         ("{", "not JSON"),
+        ("9" * 9999, "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"format": 1, "kind": "dance", "status": "ok", "flags": {}}', "'dance'"),
         ('{"format": 1, "kind": "train", "status": "ok", "flags": []}', "list"),
@@ -78,7 +79,7 @@ class _Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-EVIL = '<script>alert("x")</script>|`<img src=http://x/y>'
+EVIL = '<script>alert("x")</script>|`<img src=http://x/y>$\\frac{$'
 
 
 def _foreign():
@@ -91,6 +92,7 @@ def _foreign():
     rows.append(records.record("serve", 0, {"burst": 9}, e2e_cdf=cdf, ttft_s={"p50": 0.1}))
     rows.append(records.record("serve", 0, {"burst": 8}, e2e_cdf=EVIL, ttft_s=EVIL))
     parts = {"mlp forward": {"profiled": _timed(0.1), "share": 0.5}, "mlp backward": EVIL}
+    parts[EVIL] = {"profiled": _timed(0.2), "share": 10**400}
     total = {"median": 0.97, "low": 0.95, "high": 0.99}
     rows.append(
         records.record("modules", 0, {}, step=_timed(0.2), parts=parts, profiled_total=total)
@@ -98,9 +100,10 @@ def _foreign():
     peak = {"flops_per_s": 1e9, "bytes_per_s": 1e9, "source": EVIL}
     known = {"flops": 1e6, "bytes": 1e6, "flops_per_s": 1e8, "bytes_per_s": 1e8, "peak": peak}
     rows.append(records.record("ops", 0, {"operator": "square"}, time=_timed(0.01), **known))
-    rows.append(records.record("ops", 0, {"operator": "odd"}, flops=None, peak=3))
+    rows.append(records.record("ops", 0, {"operator": EVIL, "dtype": EVIL}, flops=None, peak=3))
     line = {"alpha_s": 1e-5, "beta_s_per_unit": 1e-9, "r2": 1.0, "residual": 0.0, "n": 3}
     rows.append(records.record("comm", 0, {"operator": "permute", "bytes": None}, line=line))
+    rows.append(records.record("comm", 0, {"operator": EVIL, "bytes": 9}, time=_timed(1e-4)))
     point = {"operator": "permute", "bytes": 64}
     rows.append(records.record("comm", 0, point, time=_timed(1e-4)))
     rows.append(records.record("static", 0, {"model": "m"}, flops=1.0, more={}))
