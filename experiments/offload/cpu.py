@@ -11,9 +11,11 @@ one for each 32 weights and rounds the rest too. The limit is the time to read t
 once at the bandwidth of an f32 matrix-vector product, measured in the same rounds.
 
 Asked were decode at least 1.11 x llama.cpp at equal precision and 80 % of the limit, and prefill at
-least 1.69 x llama.cpp. What was reached stands in results/cpu.md: none of the
-three against llama.cpp. That run's bandwidth was 30 to 33 GB/s, half of what the idle machine gives
-(experiments/models/results/speed.md), so other jobs were probably running; it is to be taken again.
+least 1.69 x llama.cpp. Reached in results/cpu.md: decode 1.35 x in float32, 1.20 x in bfloat16 and
+1.31 x in int8; 54, 31 and 22 % of the limit; prefill 0.74, 0.58 and 0.99 x. In that run no other
+job had a turn, yet llama.cpp decoded 88, 123 and 143 tokens a second where other runs on such a
+machine gave it up to 144, 303 and 441: its threads wait for each other in a loop and lose more to a
+neighbour than ours do. So the ratios hold for that run and not for every machine.
 """
 
 import argparse
