@@ -128,7 +128,9 @@ show(copies)
 # ## A report, and a comparison
 #
 # Rows go to JSON lines; a report is Markdown and one HTML page with the figures inside it. Two
-# results are compared figure by figure, with Holm's correction.
+# results are compared figure by figure, with Holm's correction. Below are the same steps a second
+# time. The test knows nothing of what happened to the machine in between: a difference that it
+# calls significant here is one of the machine, not of the program, so compare runs of a quiet one.
 
 # %%
 folder = Path(tempfile.mkdtemp())
