@@ -16,12 +16,13 @@ sum is the best that there is. Two settings get round that:
 - **An emulated link**, rows `link`: a copy takes its bytes over a given rate and no core, and what
   it brings has been put on the accelerator beforehand. CPU and accelerator really compute.
 - **Products that keep to one core**, rows `int8`: one-row products of codes are loops that XLA cuts
-  for as many cores as the compiling thread may use. That thread is held to one core here, the
-  threads that compute are not.
+  for as many cores as the compiling thread may use. That thread is held to one core while it
+  compiles; while the clock runs no thread is.
 
 Before and after each comparison a control is timed: two programs that know nothing of each other,
 one on each device, over one of them alone. 1 says that the machine ran both at once, 2 that it did
-not, as where neighbours have the other core; rows for which it is above 1.3 say nothing.
+not, as where neighbours have the other core; above 1.3 a row in which both processors compute
+says nothing. (A link that takes no core does not depend on it.)
 """
 
 import argparse
@@ -136,6 +137,7 @@ def compare(name: str, config: lm.LMConfig, runs: int) -> tuple[list[dict], list
     parts, rows, record = parts_of(config), [], []
     tokens = np.ones((1, 1), np.int32)
     for at_work, int8, resident, stream, rate in CASES:
+        hold()
         plan, devices = plan_of(parts, resident, stream), find_devices("virtual")
         placed = place_model(params, plan, devices, config=config, int8=int8)
         monitor = Monitor(blocking=True)
@@ -155,6 +157,7 @@ def compare(name: str, config: lm.LMConfig, runs: int) -> tuple[list[dict], list
             terms.append(dict(monitor.busy_s))
             return found
 
+        spread()
         before = control(7)
         times = interleaved({"serial": serial, "engine": together}, warmup=1, runs=runs)
         after = control(7)
@@ -201,15 +204,18 @@ def control(runs: int) -> float:
     return times["two"].median_s / times["one"].median_s
 
 
-def hold_to_one_core() -> None:
-    """Hold this thread, which compiles and dispatches, to one core; those that compute to none."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    devices = find_devices("virtual")
-    jax.block_until_ready([jax.device_put(np.ones(3), device) for device in devices])
+CORES = os.sched_getaffinity(0)
+
+
+def hold() -> None:
+    """Hold this thread, which compiles, to one core, so that loops are not cut for more."""
+    os.sched_setaffinity(0, {min(CORES)})
+
+
+def spread() -> None:
+    """Give all threads, also those that were started by the one held, every core."""
     for thread in os.listdir("/proc/self/task"):
-        if int(thread) != os.getpid():
-            os.sched_setaffinity(int(thread), cores)
+        os.sched_setaffinity(int(thread), CORES)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     # Programs compiled elsewhere, for more cores, are of no use here.
     jax.config.update("jax_enable_compilation_cache", False)
     told = machine()
-    hold_to_one_core()
+    hold()
+    find_devices("virtual")
+    control(1)
     rows, record = [], []
     for name, config in models(given.smoke).items():
         found = compare(name, config, 3 if given.smoke else given.runs)
@@ -233,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         "was busy when every task was waited for. The link is emulated: 3 to 16 GB/s and no core. "
         "Products in float32 take both cores whichever device runs them, those of int8 codes one. "
         "Control: two independent programs, one on each device, over one of them, before and after "
-        "(1: the machine runs both at once; above 1.3 the row says nothing).\n\n"
+        "(1: the machine runs both at once; above 1.3 a row with both processors says nothing).\n\n"
         + markdown_table(rows)
     )
     print(text)
