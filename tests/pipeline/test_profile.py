@@ -136,6 +136,7 @@ def test_a_profile_is_read_back():
 def test_a_model_is_profiled_in_one_process(monkeypatch):
     """All nodes get times, nodes of one form the same programs, and a plan can be made of it."""
     monkeypatch.setattr(programs, "_WINDOW_S", 0.0)
+    monkeypatch.setattr(profiles, "_ROUNDS", 1)
     setup = set_up(Task(blocks=2, width=8, heads=2, length=4, batch=2))
     found = profiles.profile(setup, 2, in_memory(1)[0], memory_bytes=1e9, optimizer=optax.sgd(0.1))
     graph = dag(setup.loss_fn, setup.shapes(), *setup.micro_batch(2))
