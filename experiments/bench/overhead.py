@@ -1,24 +1,32 @@
 """Check the measuring itself: what it costs, and whether two runs of one thing agree.
 
-    python experiments/bench/overhead.py            about 2 minutes on 2 cores, idle
+    python experiments/bench/overhead.py            about a minute on 2 cores, idle
     python experiments/bench/overhead.py --smoke    a few seconds, nothing written
 
 A training step (the shape `small`, 4 rows of 256 tokens, donated) is run
 
-- freely: some steps in a row, waited for once at the end;
-- measured: as many, each waited for and timed as `jaxsys.core.measure.interleaved` does;
+- measured: each step waited for and timed as `jaxsys.core.measure.interleaved` does;
+- waited: each step waited for, nothing else;
+- free: steps in a row, waited for once at the end, so that the next is prepared meanwhile;
 
-in turns, and the ratio of pairs is the overhead. Then the same compiled step is measured twice, one
-run after the other, and the two medians and their 95 % intervals are put side by side. What the
-timer alone takes is measured on a function that does nothing.
+in turns. Measured over waited, by pairs, is the overhead of measuring; measured over free says what
+a loop that never looks at a step would save. Then the same compiled step is measured twice: in
+turns, which is how everything here is compared, and one run after the other, between which a
+machine may drift. What the timer alone takes is measured on a function that does nothing.
 
-Asked: overhead below 1 %; intervals of the two runs overlap.
+The process keeps freed memory (MALLOC_*), as experiments/bench/cpu.py does.
+
+Asked: overhead below 1 %; intervals of the two runs overlap. A first version, without the kept
+memory and with free as the base, gave 4.9 % [1.3, 6.8] and two runs 6 % apart.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxsys.bench.records import figure_of
 from jaxsys.bench.shapes import shape
@@ -29,6 +37,11 @@ from jaxsys.core.measure import interleaved, machine, ratio, timing
 from jaxsys.core.report import atomic_write, markdown_table, to_json
 
 RESULTS = Path(__file__).parent / "results"
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="in a row")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, nothing written")
     given = parser.parse_args(argv)
+    if KEEP_MEMORY.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     if given.smoke:
         given.rounds = 3
     found = measure(given)
@@ -48,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Steps:
-    """A state that goes through some steps at a call, waited for each time or once."""
+    """A state that goes through some steps at a call."""
 
-    def __init__(self, found: Any, steps: int, *, each: bool) -> None:
+    def __init__(self, found: Any, steps: int, way: str) -> None:
         self.compiled, self.batch = found.compiled, found.built.data(0)
-        self.state, self.steps, self.each = found.built.init(), steps, each
+        self.state, self.steps, self.way = found.built.init(), steps, way
 
     def step(self) -> Any:
         state, self.state = self.state, None
@@ -60,72 +75,78 @@ class Steps:
         return self.state, info
 
     def __call__(self) -> Any:
-        if self.each:
+        if self.way == "measured":
             interleaved({"step": self.step}, warmup=0, runs=self.steps)
-        else:
-            for _ in range(self.steps):
-                self.step()
+            return self.state
+        for _ in range(self.steps):
+            out = self.step()
+            if self.way == "waited":
+                jax.block_until_ready(out)
         return self.state
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Time steps freely and measured, in turns; then the same step twice."""
+    """Time steps in three ways, in turns; then the same step twice, in turns and in a row."""
     size = (1, 16) if given.smoke else (4, 256)
     task = Task(batch=size[0], tokens=size[1])
     found = analyse(shape("small"), Technique(donate=True), task)
-    ways = {"measured": Steps(found, given.steps, each=True),
-            "free": Steps(found, given.steps, each=False)}  # fmt: skip
+    ways = {way: Steps(found, given.steps, way) for way in ("measured", "waited", "free")}
     times = interleaved(ways, warmup=2, runs=given.rounds)
-    both = ratio(times["measured"], times["free"])
+    ratios = {way: ratio(times["measured"], times[way]) for way in ("waited", "free")}
     nothing = interleaved({"nothing": lambda: None}, warmup=2, runs=1000)["nothing"]
-    twice = []
-    for seed in (0, 1):
-        step = Steps(found, 1, each=False)
-        twice.append(
-            interleaved({"step": step}, warmup=3, runs=2 * given.rounds, seed=seed)["step"]
-        )
-    (low, high), (low2, high2) = (t.ci_s for t in twice)
-    per_step = {
-        name: timing(name, [s / given.steps for s in t.seconds]) for name, t in times.items()
+    runs = 2 * given.rounds
+    pair = {name: Steps(found, 1, "free") for name in ("first", "second")}
+    turns = interleaved(pair, warmup=3, runs=runs)
+    rows = [interleaved({"step": s}, warmup=3, runs=runs)["step"] for s in pair.values()]
+    steps = {
+        way: timing(way, [second / given.steps for second in time.seconds])
+        for way, time in times.items()
     }
     return {
         "machine": str(machine(devices=True)),
-        "steps": {name: figure_of(t) for name, t in per_step.items()},
-        "overhead": {"median": both.median - 1, "low": both.ci[0] - 1, "high": both.ci[1] - 1},
+        "steps": {way: figure_of(time) for way, time in steps.items()},
+        "overhead": {
+            way: {"median": r.median - 1, "low": r.ci[0] - 1, "high": r.ci[1] - 1}
+            for way, r in ratios.items()
+        },
         "timer_s": nothing.median_s,
-        "twice": [figure_of(t) for t in twice],
-        "ratio_of_medians": twice[1].median_s / twice[0].median_s,
+        "twice": {"in turns": _twice(*turns.values()), "in a row": _twice(*rows)},
+    }
+
+
+def _twice(first: Any, second: Any) -> dict[str, Any]:
+    (low, high), (low2, high2) = first.ci_s, second.ci_s
+    return {
+        "runs": [figure_of(first), figure_of(second)],
+        "ratio": second.median_s / first.median_s,
         "agree": low <= high2 and low2 <= high,
-        "smoke": given.smoke,
     }
 
 
 def report(found: dict[str, Any]) -> str:
-    over, rows = found["overhead"], []
-    figures = {**found["steps"], "first run": found["twice"][0], "second run": found["twice"][1]}
-    for name, figure in figures.items():
-        rows.append({
+    figures = dict(found["steps"])
+    for how, pair in found["twice"].items():
+        figures |= {f"{how}, run {i + 1}": run for i, run in enumerate(pair["runs"])}
+    rows = [
+        {
             "step": name,
             "median ms": f"{1e3 * figure['median_s']:.2f}",
             "95 %": f"{1e3 * figure['low_s']:.2f} to {1e3 * figure['high_s']:.2f}",
             "runs": figure["runs"],
-        })  # fmt: skip
-    agree = "overlap" if found["agree"] else "do not overlap"
-    return "\n".join([
-        "# What measuring costs",
-        "",
-        found["machine"],
-        "",
-        markdown_table(rows),
-        "",
-        f"Overhead of measuring each step: {100 * over['median']:.2f} % "
-        f"[{100 * over['low']:.2f}, {100 * over['high']:.2f}], median of pairs; the timer alone "
-        f"takes {1e6 * found['timer_s']:.1f} µs.",
-        "",
-        f"The intervals of the two runs {agree}; their medians are {found['ratio_of_medians']:.4f} "
-        "of each other.",
-        "",
-    ])  # fmt: skip
+        }
+        for name, figure in figures.items()
+    ]
+    lines = ["# What measuring costs", "", found["machine"], "", markdown_table(rows), ""]
+    for way, over in found["overhead"].items():
+        lines.append(
+            f"Measured over {way}: {100 * over['median']:+.2f} % "
+            f"[{100 * over['low']:+.2f}, {100 * over['high']:+.2f}], median of pairs."
+        )
+    lines.append(f"The timer alone takes {1e6 * found['timer_s']:.1f} µs.")
+    for how, pair in found["twice"].items():
+        agree = "overlap" if pair["agree"] else "do not overlap"
+        lines.append(f"Two runs {how}: their intervals {agree}; ratio {pair['ratio']:.4f}.")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def step_flops(
     method: Method = "pretrain",
     rank: int = 8,
     prompt_tokens: int = 20,
-    expert_rows: float | None = None,
+    expert_rows: int | float | None = None,
     products_only: bool = False,
 ) -> dict[str, Cost]:
     """Give the operations of one training step by formula, without recomputation.
@@ -127,7 +127,9 @@ def _scaled(n: int | float, per: tuple[float, float]) -> Cost:
     return Cost(n * per[0], n * per[1])
 
 
-def _block(config: LMConfig, i: int, rows: _Rows, expert_rows: float | None) -> dict[str, Cost]:
+def _block(
+    config: LMConfig, i: int, rows: _Rows, expert_rows: int | float | None
+) -> dict[str, Cost]:
     d, n, q = config.width, rows.n, config.heads * config.head_width
     kv = config.kv_heads * config.head_width
     pairs = 2.0 * n * rows.tokens * q
@@ -201,7 +203,7 @@ def trained_numbers(
 
     >>> config = LMConfig("llama", 97, 32, 2, 4, 4, 8, 48, 64)
     >>> trained_numbers(config, "prompt"), trained_numbers(config, "lora", 2)
-    (640, 3008)
+    (640, 1984)
     """
     if method == "prompt":
         return prompt_tokens * config.width

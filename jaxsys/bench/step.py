@@ -258,7 +258,9 @@ def _data(config, technique, task, split, seed: int) -> dict[str, Any]:
     rows = np.random.default_rng((task.seed, seed)).integers(
         config.vocab_size, size=(task.batch, task.tokens + 1), dtype=np.int32
     )
-    counts = np.arange(task.tokens + 1) >= (0 if task.method == "pretrain" else 1 + task.tokens // 4)
+    counts = np.arange(task.tokens + 1) >= (
+        0 if task.method == "pretrain" else 1 + task.tokens // 4
+    )
     mask = np.broadcast_to(counts, rows.shape)
     batch = {"tokens": rows.reshape(shape), "mask": mask.reshape(shape)}
     return jax.tree.map(lambda x: jax.device_put(x, split), batch)
@@ -270,11 +272,17 @@ def _data(config, technique, task, split, seed: int) -> dict[str, Any]:
 def _step(config, technique, optimizer, mesh, state, batch) -> tuple[Any, dict[str, Any]]:
     places = _places(state, technique, mesh)
     near = _places(state, Technique(zero=technique.zero), mesh)  # the same, on the devices
-    grad_fn = jax.value_and_grad(partial(_objective, config, technique, mesh))
+    far = technique.offload == "parameters"
+    objective = jax.value_and_grad(partial(_objective, config, technique, mesh))
     trained, frozen = state["trained"], state["frozen"]
+
+    def grad_fn(trained: Any, frozen: Any, micro: Any) -> Any:
+        loss, grads = objective(trained, frozen, micro)
+        return loss, jax.device_put(grads, near["trained"]) if far else grads
+
     loss, grads = _accumulated(grad_fn, trained, frozen, batch)
-    if technique.offload == "parameters":
-        trained, grads = (jax.device_put(x, near["trained"]) for x in (trained, grads))
+    if far:
+        trained = jax.device_put(trained, near["trained"])
     if technique.zero >= 2:
         kept = _places({**state, "trained": grads}, Technique(zero=3), mesh)["trained"]
         grads = jax.lax.with_sharding_constraint(grads, kept)
@@ -286,7 +294,7 @@ def _step(config, technique, optimizer, mesh, state, batch) -> tuple[Any, dict[s
         trained = optax.apply_updates(trained, updates)
     if technique.offload != "none":
         memory = jax.device_put(memory, places["memory"])
-    if technique.offload == "parameters":
+    if far:
         trained = jax.device_put(trained, places["trained"])
     return {"trained": trained, "frozen": frozen, "memory": memory}, {"loss": loss}
 
@@ -303,7 +311,7 @@ def _accumulated(grad_fn, trained, frozen, batch) -> tuple[Any, Any]:
         found = grad_fn(trained, frozen, micro)
         return jax.tree.map(lambda a, b: a + share.astype(a.dtype) * b, total, found), None
 
-    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), trained))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.zeros(()), trained))
     return jax.lax.scan(add, zero, (batch, shares))[0]
 
 

@@ -55,15 +55,15 @@ def check(technique, method="pretrain", config=CONFIG):
 SINGLES = [t for t in combinations(most=1) if why_not(t, CONFIG, HERE, batch=8) is None]
 SINGLES = [t for t in (*SINGLES, Technique(accumulate=4)) if t != Technique()]
 TOGETHER = [
-    Technique(recompute="weight_dots", attention="xla", donate=True),
     Technique(recompute="full", layers="scan", accumulate=4, offload="parameters"),
     Technique(zero=3, recompute="full", layers="scan"),
 ]
 FINETUNING = [
-    ("lora", Technique(weights="4bit", layers="scan", recompute="full")),
     ("prompt", Technique(offload="optimizer", accumulate=2, weights="int8")),
 ]
 SLOW = [
+    ("lora", Technique(weights="4bit", layers="scan", recompute="full")),
+    ("pretrain", Technique(recompute="weight_dots", attention="xla", donate=True)),
     ("lora", Technique(weights="int8", zero=3)),
     ("lora", Technique(dtype="mixed")),
     ("full", Technique(recompute="full", layers="scan", accumulate=2)),
