@@ -92,7 +92,7 @@ def _solve(config: RidgeConfig, seen: Any, mask: Any, said: Any) -> Any:
         x = x[:, 0]
         mean, scale = jnp.mean(x, 0), 1 / (jnp.std(x, 0) + 1e-3)
         own = (x - mean[None]) * scale[None]
-        width = jnp.median(_distances(own, own))
+        width = jnp.maximum(jnp.median(_distances(own, own)), 1e-6)  # 0 where most look alike
         parts.append({"mean": mean, "scale": scale, "own": own, "width": width})
     own = sum(jnp.exp(-_distances(x["own"], x["own"]) / x["width"]) for x in parts) / len(parts)
     return parts, jnp.linalg.solve(own + config.penalty * jnp.eye(len(said)), said)
