@@ -2,8 +2,8 @@
 
 A state is a dict of three trees of one structure each: what is trained, what is frozen, and the
 optimizer's memory. A leaf that is in one of the first two is None in the other. Where these trees
-lie (split over devices, in host memory) is what distinguishes the stages of ZeRO and offloading; XLA
-puts in the collectives and copies.
+lie (split over devices, in host memory) is what distinguishes the stages of ZeRO and offloading;
+the collectives and copies come from XLA.
 """
 
 from collections.abc import Callable, Mapping
