@@ -94,7 +94,7 @@ def run_part(given: argparse.Namespace) -> None:
     file = given.out / f"{given.child}.jsonl"
     given.keep = partial(append_jsonl, file)
     rows = makers[given.child](given)
-    if given.child not in ("train", "finetune"):  # these keep each row as soon as they have it
+    if given.child in ("static", "ops", "comm"):  # the others keep each row as soon as it is there
         for row in rows:
             given.keep(row)
 
@@ -193,7 +193,11 @@ def serve(given: argparse.Namespace) -> list[dict[str, Any]]:
         loads.append(Load(rate=1.0, ignore_eos=True, seed=given.seed))
         loads.append(Load(rate=1.0, burstiness=0.25, ignore_eos=True, seed=given.seed))
     slo = {"ttft_s": 2.0, "tpot_s": 0.5}
-    return [measure(served, prompts, load, slo=slo) for load in loads]
+    rows = []
+    for load in loads:
+        rows.append(measure(served, prompts, load, slo=slo))
+        given.keep(rows[-1])
+    return rows
 
 
 def modules(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -218,6 +222,7 @@ def modules(given: argparse.Namespace) -> list[dict[str, Any]]:
             flags["freed memory"] = "given back"
         rounds = 2 if given.smoke else 10 if model is wide else 20
         rows.append(measure(model, technique, task, flags, rounds=rounds, on_event=tell))
+        given.keep(rows[-1])
     return rows
 
 

@@ -84,6 +84,7 @@ print(sections([row])[1].notes[0])
 # Any function with named scopes can be split so, not only our models.
 
 # %%
+names = ("up", "square")
 
 
 def loss(w, x):
@@ -97,9 +98,9 @@ def loss(w, x):
 
 w, x = jnp.ones((3, 256, 256)) / 256, jnp.ones((256, 256))
 compiled = jax.jit(jax.grad(loss)).lower(w, x).compile()
-found = split(lambda: compiled(w, x), compiled.as_text(), parts=("up", "square"), rounds=5)
+found = split(lambda: compiled(w, x), compiled.as_text(), parts=names, rounds=5)
 print({key: f"{1e3 * seconds[0]:.3f} ms" for key, seconds in found.seconds.items()})
-alone = ablate(loss, w, (x,), step=lambda: compiled(w, x), parts=("up", "square"), rounds=5)
+alone = ablate(loss, w, (x,), step=lambda: compiled(w, x), parts=names, rounds=5)
 print({key: f"{1e3 * seconds[0]:.3f} ms" for key, seconds in alone.seconds.items()})
 
 # %% [markdown]
