@@ -28,7 +28,8 @@ class ServeConfig(Common):
       url: Load this server instead, such as http://127.0.0.1:8000/v1; the environment variable
         OPENAI_API_KEY is sent along if set.
       slots: Requests that run at once.
-      context: Most tokens of a request, prompt and answer together.
+      context: Most tokens of a request, prompt and answer together; by default what the model
+        can take, 1024 at most.
       pages: Pages of the cache; by default as many as all slots can need.
       page_tokens: Tokens of a page.
       prompt_rows: Pieces of prompts that a step reads at most.
@@ -56,7 +57,7 @@ class ServeConfig(Common):
     expose: bool = False
     url: str | None = None
     slots: int = 8
-    context: int = 512
+    context: int | None = None
     pages: int | None = None
     page_tokens: int = 16
     prompt_rows: int = 4
@@ -98,9 +99,13 @@ def run_serve(config: ServeConfig) -> dict[str, Any] | None:
 
 def _layout(config: ServeConfig) -> Any:
     from jaxsys.bench.serving.run import layout_for
+    from jaxsys.models import lm
 
+    context = config.context
+    if context is None:
+        context = min(1024, lm.load_config(lm.find_model(config.model)).max_positions)
     return layout_for(
-        config.context,
+        context,
         slots=config.slots,
         pages=config.pages,
         page_tokens=config.page_tokens,
