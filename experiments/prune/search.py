@@ -22,8 +22,8 @@ the model's training data: its figures compare metrics and say nothing about new
 they lie in WikiText-2's validation set. No test text is read. Masks come from statistics of the
 dense model; the finalists are pruned once more with statistics recomputed behind pruned blocks.
 
-Expected: on stories260K evolution ends below random search, Wanda and Pruner-Zero's published metric
-on the text that was minimised; 64 expressions on SmolLM2 are too few for that.
+Expected: on stories260K evolution ends below random search, Wanda and Pruner-Zero's published
+metric on the text that was minimised; 64 expressions on SmolLM2 are too few for that.
 """
 
 import argparse
