@@ -88,7 +88,9 @@ def read_config(values: Mapping[str, Any]) -> Any:
     """
     from jaxsys.models import lm
 
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    plain: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+    }
     rope = plain.pop("rope", None)
     return lm.LMConfig(**plain, rope=lm.Rope(**rope) if rope else None)
 

@@ -120,8 +120,8 @@ def run_blocks(
 
 def _one_block(config: LMConfig, i: int, places: Mapping[int, Any], execution: Execution):
     window = config.window(i)
-    plain = execution.attention == "plain"
-    fused = None if plain else Fused(execution.attention, window)
+    kind = execution.attention
+    fused = None if kind == "plain" else Fused(kind, window)
     run = partial(run_block, config=config, sparse=config.is_sparse(i), fused=fused)
 
     def one(own: Any, x: Array) -> Array:
