@@ -194,7 +194,7 @@ def flags_of(model: str, technique: Technique, task: Task, n_devices: int) -> di
     own = asdict(task)
     own.pop("seed")
     if task.method != "lora":
-        own.pop("rank"), own.pop("alpha")
+        del own["rank"], own["alpha"]
     if task.method != "prompt":
         own.pop("prompt_tokens")
     return {"model": model, **own, "technique": technique.name, "devices": n_devices}

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,7 +179,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return int(status[0]), {name.lower(): value.strip() for name, _, value in pairs}
 
 
-async def _lines(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Any:
+async def _lines(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[str]:
     """Give the lines of a body, however it comes."""
     rest = b""
     async for data in _parts(reader, headers):
@@ -192,7 +192,7 @@ async def _lines(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> An
         yield rest.decode("utf-8", "replace")
 
 
-async def _parts(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Any:
+async def _parts(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
             yield await reader.readexactly(size)

@@ -90,7 +90,7 @@ def bind(address: str, expose: bool) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise UserError(f"the host {host!r} is not known; pass one such as 127.0.0.1") from None
-    if not expose and not ipaddress.ip_address(where[0].partition("%")[0]).is_loopback:
+    if not expose and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
         raise UserError(
             f"{host} can be reached from other machines, and the server asks nobody who they are; "
             "pass --expose if that is meant, or listen on 127.0.0.1"

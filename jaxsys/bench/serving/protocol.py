@@ -234,8 +234,9 @@ def _message(i: int, message: Any) -> dict[str, str]:
     content = message.get("content")
     if isinstance(content, list):
         parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        if len(parts) == len(content) and all(isinstance(p, str) for p in parts):
-            content = "".join(parts)
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(content):
+            content = "".join(texts)
     if not isinstance(content, str):
         _refuse(f"messages[{i}].content must be a text, or a list of texts", "messages")
     return {"role": message["role"], "content": content}

@@ -63,10 +63,12 @@ def empty_orders(layout: Layout, rows: int) -> Orders:
     (3, 16)
     """
     n = layout.slots
-    slots = [np.zeros(n, np.int32) for _ in range(8)]
-    pieces = [np.zeros(rows, np.int32) for _ in range(3)]
-    tokens = np.zeros((rows, layout.row_tokens), np.int32)
-    return Orders(np.zeros((n, layout.table), np.int32), *slots[:2], *pieces, tokens, *slots[2:])
+    piece, slot = {"row_slot", "row_start", "row_count"}, (n,)
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (rows,) if name in piece else slot for name in Orders._fields
+    }
+    shapes |= {"tables": (n, layout.table), "row_tokens": (rows, layout.row_tokens)}
+    return Orders(**{name: np.zeros(shape, np.int32) for name, shape in shapes.items()})
 
 
 def orders_of(layout: Layout, turn: Turn) -> Orders:

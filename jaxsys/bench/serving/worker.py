@@ -11,6 +11,7 @@ from jaxsys.bench.serving.schedule import Ask
 from jaxsys.evaluate.stream import TextStream
 
 Finish = Literal["stop", "length", "error"]
+_FINISH: dict[str | None, Finish] = {"end": "stop", "length": "length"}
 
 
 class Piece(NamedTuple):
@@ -66,7 +67,7 @@ class Worker:
         self,
         engine: Any,
         tokenizer: Any,
-        deliver: Callable[[list[Piece]], None],
+        deliver: Callable[[list[Piece]], Any],
         on_trace: Callable[[Trace], None] | None = None,
     ):
         self.engine, self.error = engine, ""
@@ -134,7 +135,7 @@ class Worker:
         found = self._open.get(event.ident)
         if found is None:
             return None
-        text, finish = "", {"end": "stop", "length": "length"}.get(event.ended)
+        text, finish = "", _FINISH.get(event.ended)
         if event.token is not None:
             found.token_s.append(now_s)
             text = found.stream.push([event.token])
