@@ -16,6 +16,8 @@ UNSTABLE = ("jax.extend", "jax.experimental", "jax._src")
 
 # Public functions whose example could not run inside one process within seconds.
 WITHOUT_EXAMPLE = {
+    "jaxsys/bench/memory.py:main": "is the program of a child process",
+    "jaxsys/bench/serving/run.py:serve": "serves until a signal comes",
     "jaxsys/localsgd/compare.py:compare": "starts worker processes and trains for minutes",
     "jaxsys/localsgd/compare.py:write_results": "needs the record of such a run",
     "jaxsys/localsgd/figures.py:compare_figure": "needs the record of such a run",

@@ -22,6 +22,7 @@ EXTRAS = {
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
     "peers": "torch",
+    "openai": "openai",
     "vision": "sklearn",
     "tokamax": "tokamax",
     "tpu": "libtpu",

@@ -141,6 +141,14 @@ def served_here(
 
     Yields:
       The URL.
+
+    >>> import jax
+    >>> from jaxsys.models import lm
+    >>> config = lm.LMConfig("llama", 97, 32, 1, 4, 2, 8, 48, 64)
+    >>> engine = Engine(lm.init(jax.random.key(0), config), config, layout_for(16, slots=1))
+    >>> with served_here(Served(engine, None, "random", frozenset())) as url:
+    ...     url.endswith("/v1")
+    True
     """
     listening = bind("127.0.0.1:0", expose=False)
     url, stops = url_of(listening), []
@@ -211,6 +219,11 @@ def load_server(
 
     Raises:
       UserError: no prompt.
+
+    >>> load_server(client.target_of("http://127.0.0.1:8000/v1", "any"), (), Load())
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: there is no prompt; expected one at least; give some
     """
     if not prompts:
         raise UserError("there is no prompt; expected one at least; give some")
@@ -249,6 +262,9 @@ def measure(
 
     Raises:
       UserError: no prompt, or objectives that are not known.
+
+    >>> served = open_served("tiny", layout_for(32))  # doctest: +SKIP
+    >>> measure(served, [Prompt("The return value", max_tokens=9)], Load())  # doctest: +SKIP
     """
     check_objectives(dict(slo or {}))
     inside: list[Trace] = []
@@ -298,6 +314,12 @@ def measure_url(
 
     Raises:
       UserError: no prompt, objectives that are not known, or no request was served.
+
+    >>> target = client.target_of("http://127.0.0.1:8000/v1", "any")
+    >>> measure_url(target, (), Load(), slo={"speed_s": 1.0})
+    Traceback (most recent call last):
+    ...
+    jaxsys.core.errors.UserError: ...
     """
     check_objectives(dict(slo or {}))
     first = load_server(target, prompts[:1], Load(chat=load.chat, timeout_s=load.timeout_s))[0]
