@@ -369,6 +369,8 @@ def _depthwise(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _normalise(norm: Mapping[str, Array], x: Array) -> Array:
-    scale = norm["weight"] * jax.lax.rsqrt(norm["running_var"] + _EPS)
-    shift = norm["bias"] - norm["running_mean"] * scale
+    # Statistics are not learnt: a step of an optimiser could make the variance negative.
+    mean, variance = jax.lax.stop_gradient((norm["running_mean"], norm["running_var"]))
+    scale = norm["weight"] * jax.lax.rsqrt(variance + _EPS)
+    shift = norm["bias"] - mean * scale
     return x * scale[None, None, None] + shift[None, None, None]

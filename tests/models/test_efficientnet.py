@@ -102,6 +102,14 @@ def test_kept_activations_give_the_same_features(params, images):
         net.run_blocks(params, images, 3, 9, CONFIG)
 
 
+def test_statistics_of_normalisations_are_not_learnt(params, images):
+    loss = jax.jit(
+        jax.grad(lambda params: jnp.sum(jnp.square(net.features(params, images, CONFIG))))
+    )
+    for name, gradient in flatten(loss(params)).items():
+        assert bool(jnp.any(gradient != 0)) != ("running" in name or name.startswith("_fc")), name
+
+
 def test_a_fresh_adapter_is_exactly_the_frozen_encoder_and_learns(params, images):
     adapters = lora.init(jax.random.key(3), params, net.LORA, rank=2)
     assert len(adapters) == 3 + 4
