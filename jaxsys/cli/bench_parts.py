@@ -14,7 +14,6 @@ class ModulesConfig(Common):
     """Split a training step's time over the parts of a model, profiled and part by part.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose modules.jsonl the row is added.
       seed: Seed of parameters and data.
       model: A named shape (small, llama-1.3b, llama2-7b, …) or a model's path.
@@ -42,7 +41,6 @@ class OpsConfig(Common):
     """Time single operators beside the least time that they could take (the roofline).
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose ops.jsonl the rows are added.
       seed: Seed; the operators' inputs are always the same.
       groups: Of matmul, attention, norm, softmax, elementwise, gather; all if left out.
@@ -60,7 +58,6 @@ class CommConfig(Common):
     """Time host-device copies and collectives over all devices, and fit t = α + β·n to each.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose comm.jsonl the rows are added.
       seed: Seed; nothing here is random.
       virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
@@ -78,7 +75,6 @@ class ReportConfig(Output):
     """Write tables and figures of results, as Markdown and as one HTML page.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       results: Folder of .jsonl files, or one file.
       out: Folder for report.md, report.html and figures; that of the results if left out.
       title: Heading.
@@ -94,7 +90,6 @@ class CompareConfig(Output):
     """Compare two sets of results: ratios with intervals, and which differences are significant.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       a: Results file or folder.
       b: Likewise; ratios are B / A.
     """

@@ -18,7 +18,6 @@ class ServeConfig(Common):
     server that runs already is loaded, of any make that speaks OpenAI's completions.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for serve.jsonl.
       seed: Seed of arrivals and made-up prompts.
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin. With

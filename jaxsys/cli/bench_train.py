@@ -20,7 +20,6 @@ class GridConfig(Common):
     """What the verbs share that compile steps under combinations of techniques.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose results file rows are added.
       seed: Seed of weights and text.
       model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
@@ -63,26 +62,8 @@ class TrainConfig(GridConfig):
     """Measure a training step under combinations of techniques; weights and text are random.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose train.jsonl rows are added; cells that are in it already are not run.
       seed: Seed of weights, text and the order of timing.
-      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
-        path, of which the configuration is read.
-      batch: Rows of a step over all devices.
-      tokens: Tokens of a row.
-      most: Techniques that are changed at once at most, from the base.
-      recompute: What the backward pass computes again; the first value of each of these options is
-        the base, and every further value is tried.
-      attention: How attention is computed.
-      zero: Stage of ZeRO over the devices.
-      offload: What rests in host memory.
-      weights: Of frozen matrices, where some are frozen.
-      dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      layers: One after another in the program, or one block in a loop, which compiles in seconds at
-        any depth.
-      accumulate: Micro-batches to a step.
-      virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
-      budget_gib: Memory of one device that may be used; 0: what is free.
       donate: The step writes over the state that it was given.
       runs: Timed rounds.
       memory: Measure peak memory too, each cell in a process of its own.
@@ -98,29 +79,8 @@ class FinetuneConfig(TrainConfig):
     """Measure fine-tuning steps: full, LoRA, QLoRA, prompt tuning; weights and text are random.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose finetune.jsonl rows are added; cells that are in it already are not run.
-      seed: Seed of weights, text and the order of timing.
-      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
-        path, of which the configuration is read.
-      batch: Rows of a step over all devices.
-      tokens: Tokens of a row.
-      most: Techniques that are changed at once at most, from the base.
-      recompute: What the backward pass computes again; the first value of each of these options is
-        the base, and every further value is tried.
-      attention: How attention is computed.
-      zero: Stage of ZeRO over the devices.
-      offload: What rests in host memory.
       weights: Of frozen matrices; with qlora it is 4bit whatever stands here.
-      dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      layers: One after another in the program, or one block in a loop, which compiles in seconds at
-        any depth.
-      accumulate: Micro-batches to a step.
-      virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
-      budget_gib: Memory of one device that may be used; 0: what is free.
-      donate: The step writes over the state that it was given.
-      runs: Timed rounds.
-      memory: Measure peak memory too, each cell in a process of its own.
       methods: What is trained; qlora is LoRA beside 4-bit codes, qlora8 beside 8-bit ones.
       rank: Of adapters.
       prompt_tokens: Vectors of a prompt.
@@ -144,26 +104,8 @@ class StaticConfig(GridConfig):
     Each step is compiled with and without donation.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to whose static.jsonl rows are added.
       seed: Seed; nothing here is random.
-      model: A named shape (small, llama-1.3b, llama2-7b, llama2-13b, llama2-70b, …) or a model's
-        path, of which the configuration is read.
-      batch: Rows of a step over all devices.
-      tokens: Tokens of a row.
-      most: Techniques that are changed at once at most, from the base.
-      recompute: What the backward pass computes again; the first value of each of these options is
-        the base, and every further value is tried.
-      attention: How attention is computed.
-      zero: Stage of ZeRO over the devices.
-      offload: What rests in host memory.
-      weights: Of frozen matrices, where some are frozen.
-      dtype: Of numbers: all float32, all bfloat16, or float32 kept and bfloat16 computed.
-      layers: One after another in the program, or one block in a loop, which compiles in seconds at
-        any depth.
-      accumulate: Micro-batches to a step.
-      virtual: On a CPU, this many virtual devices; 0 leaves the devices as they are.
-      budget_gib: Memory of one device that may be used; 0: what is free.
       method: What is trained.
       fits: Find the largest batch of each combination within the budget instead.
     """

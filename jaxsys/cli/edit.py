@@ -24,7 +24,6 @@ class ApplyCommand(Chosen, Output):
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
       out: Folder for the checkpoint; the edit itself goes to its subfolder edit/.
-      json: Print one JSON object on standard output, and progress on standard error.
       prompt: The text before the answer, with the subject in it, for one fact.
       subject: What that fact is about.
       target: Its new answer.
@@ -45,7 +44,6 @@ class EvaluateCommand(Chosen, Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for evaluate.md and a JSON line for each record.
       seed: Seed of the sampled texts.
       base: The unedited model, for locality; only without --method.

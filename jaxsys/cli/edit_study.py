@@ -17,7 +17,6 @@ class CurveCommand(Facts, Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for cells.jsonl (cells that are there are not done again), curve.md, curve.png.
       seed: Seed of the sampled texts.
       methods: To compare: editing methods, or names of your own that --settings explains.
@@ -56,7 +55,6 @@ class TraceCommand(Facts, Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for trace.json and the heat map (of one fact) or the curves (of many).
       seed: Seed of the noise.
       prompt: The text before the answer, with the subject in it, for one fact.
@@ -86,7 +84,6 @@ class StatsCommand(Output):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to write; statistics-MODEL beside the caller by default.
       layers: Whose keys; all by default.
       text: UTF-8 text; Python's own language reference by default.

@@ -20,7 +20,6 @@ class PrepareCommand(Output):
     Attributes:
       libraries: .deb, .sh3f or .jar files, or folders that hold some.
       out: Folder for catalogue, views and features; made if need be.
-      json: Print one JSON object on standard output, and progress on standard error.
       views: Number of views of each object, evenly around it.
       size: Side of a view in pixels.
       elevation: Of the camera above the ground, degrees.

@@ -25,7 +25,6 @@ class TrainCommand(Common):
     its adapters, and magic, need `--clip` and `--screenshots`.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder of the run (runs/ground by default); the same command again goes on there.
       seed: First of the seeds.
       seeds: How many models; over fixed features they are trained side by side.
@@ -81,7 +80,6 @@ class EvaluateCommand(Output):
 
     Attributes:
       run: Folder of the run.
-      json: Print one JSON object on standard output, and progress on standard error.
       fold: train, valid or test.
       passes: Over the fold; by default 8 where views are drawn at random, as SNARE's protocol has
         it, else 1, which gives the same.

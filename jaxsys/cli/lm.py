@@ -16,7 +16,6 @@ class InfoConfig(Output):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
     """
 
     model: ModelName
@@ -28,7 +27,6 @@ class ConvertConfig(Output):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to write.
       dtype: Of the parameters; file keeps what was read (quantised GGUF becomes float32).
     """
@@ -44,7 +42,6 @@ class EvalConfig(Output):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for the tables and every single answer.
       task: Built-in tasks (arc_easy arc_challenge openbookqa boolq winogrande mmlu gsm8k, all but
         the last two also with _written behind; wikitext2 wikitext2_valid), or .jsonl or .txt files.
@@ -75,7 +72,6 @@ class GenerateConfig(Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for generate.json.
       seed: Seed of the draws; the same seed gives the same text.
       prompt: What to continue.

@@ -16,7 +16,6 @@ class RunConfig(Common):
     """What `compare` and `train` share.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for tables, figures, logs and checkpoints.
       seed: Seed of parameters, data order and codecs.
       workers: Worker processes on this machine (a launched or cluster job has its own number).

@@ -21,7 +21,6 @@ class RunConfig(Output):
         dtype, out_dtype, tokenizer_source or tokenizer. Paths in it are relative to this process.
       out: Folder of the merged model.
       seed: Seed of methods that draw.
-      json: Print one JSON object on standard output, and progress on standard error.
       dry_run: Check everything and print the plan; write nothing.
       shard_gb: Most gigabytes in one file.
     """

@@ -18,7 +18,6 @@ class ConflictsCommand(Output):
     """Say where experts of one base pull apart, by layer and by tensor.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for conflicts.json, the table and a heat map.
       base: What all experts began with: a model's name or path.
       models: Two experts or more.
@@ -40,9 +39,7 @@ class RouteCommand(Common):
       built: A folder that this command built, to answer from.
       prompt: What to continue, with a folder.
       max_tokens: New tokens at most.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder to build.
-      seed: Seed of everything random.
       base: What all experts began with: a model's name or path.
       models: The experts.
       names: Of the experts; their paths' last parts by default.

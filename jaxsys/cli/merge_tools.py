@@ -13,7 +13,6 @@ class ExtractCommand(Common):
     """Write the difference of two models as a LoRA folder in PEFT's layout.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder of the adapter.
       seed: Not used; nothing is random.
       base: The model that was tuned, a folder or safetensors file.
@@ -35,7 +34,6 @@ class UpcycleCommand(Common):
     """Join dense Llama or Mistral models as experts of one Mixtral-form mixture.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder of the mixture.
       seed: Seed of the gate `random`.
       recipe: YAML as mergekit-moe's: base_model, experts with source_model and positive_prompts,
@@ -50,7 +48,6 @@ class TuneCommand(Common):
     """Search a recipe's weights, densities and options for the least loss on a text.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for the record and recipe.yaml, the recipe found; a stopped search goes on there.
       seed: Seed of the search.
       recipe: YAML with models, and base_model where the method needs one.

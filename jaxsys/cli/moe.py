@@ -80,7 +80,6 @@ class TrainConfig(Common):
     Run it under `jaxsys launch -n 4`, or on a cluster, to spread it over processes.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for the log, checkpoints and the model.
       seed: Seed of parameters, data order and noise.
       task: What is trained.

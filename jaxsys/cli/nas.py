@@ -15,7 +15,6 @@ class ScoreCommand(Common):
     """Score architectures of a search space with zero-cost proxies.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for scores.npz, totals and node-wise; a run that was stopped goes on there.
       seed: Seed of the images, and of the cells that are drawn.
       space: nb201 (NAS-Bench-201), nb101 (NAS-Bench-101), darts or vit (AutoFormer's).
@@ -51,7 +50,6 @@ class TableCommand(Common):
     """What `fit` and `search` share.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for what is written.
       seed: First of the seeds.
       table: Cells and what is known of them (.csv, .json, .npz, or digits: the package's own).

@@ -15,7 +15,6 @@ class PlanConfig(Common):
     """Measure the machine and plan a model over CPU, accelerator and link; nothing is loaded.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for plan.json and machine.json.
       seed: Seed; nothing here is random.
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
@@ -46,19 +45,8 @@ class GenerateConfig(PlanConfig):
     """Continue texts with a model that need not fit the accelerator; the text is streamed.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for plan.json, machine.json and generate.json.
       seed: Seed of the draws; the same seed gives the same text.
-      model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      accelerator: auto (the first device that is no CPU), none (a plain CPU run), or virtual (two
-        virtual CPU devices stand for both).
-      budget: Accelerator memory, such as 8GiB or 500MB, or a share of what the model takes: 75%.
-      machine: A machine.json instead of measuring.
-      dtype: Of the parameters.
-      int8: Round the matrices of layers to 8 bits with a scale for each row while loading.
-      batch: Rows that are decoded together.
-      context: Most tokens of a row, prompt and answer together.
-      chunk: Tokens of a prompt that are read at once.
       prompt: What to continue; several are decoded together, as many at once as --batch says.
       plan: A plan.json of `jaxsys offload plan`, instead of planning.
       chat: Put each prompt into the model's chat template, as a user's message.

@@ -32,7 +32,6 @@ class Common(Output):
     """What every command that runs something takes.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for what is written; made if need be.
       seed: Seed of everything random.
     """

@@ -19,7 +19,6 @@ class FleetConfig(Common):
     """What `plan` and `train` share.
 
     Attributes:
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for plans, profiles, figures, logs and checkpoints.
       seed: Seed of parameters, data order and the search for a plan.
       task: What is trained.

@@ -18,7 +18,6 @@ class RunCommand(Output):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for the checkpoint.
       seed: Seed of the calibration windows.
       metric: magnitude wanda wanda_alpha sparsegpt ria ria_permuted gradient gblm pruner_zero dsnot
@@ -64,7 +63,6 @@ class CompareCommand(Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for compare.jsonl (rows that are there are not done again), .md and .png.
       seed: First of the seeds.
       methods: Names, or expressions over W, G, X; see `jaxsys prune run --help`. All by default;

@@ -17,10 +17,8 @@ class SearchCommand(Common):
 
     Attributes:
       model: A name (smollm2, stories260k, tiny) or a path: a Hugging Face folder, .gguf, .bin.
-      json: Print one JSON object on standard output, and progress on standard error.
       out: Folder for search.json, search.md, curve.png and the state; a search that was stopped
         goes on there, and one with more generations is continued.
-      seed: Seed of everything random.
       sparsity: Share of the weights to remove, in [0, 1).
       pattern: unstructured (rows), matrix, n:m such as 2:4 (n of m are kept), or blocks such as
         16x16.
