@@ -110,21 +110,25 @@ def bootstrap_ci(
     level: float = 0.95,
     n: int = 1000,
     seed: int = 0,
+    block: int = 1,
 ) -> tuple[float, float]:
     """Estimate a percentile bootstrap interval of a statistic.
 
     Args:
-      samples: `[N]` independent measurements.
+      samples: `[N]` measurements, independent unless drawn in blocks.
       statistic: `[N] -> scalar`.
       level: coverage aimed at, in (0, 1).
       n: number of resamples.
       seed: of the resampling; the same seed gives the same interval.
+      block: neighbours that are drawn together, because they are alike (circular block bootstrap).
 
     Returns:
       The lower and the upper end. One sample gives an interval of no width.
 
     Raises:
-      UserError: without samples, or with a level outside (0, 1).
+      UserError: without samples, with a level outside (0, 1) or a block below 1.
+
+    Reference: Politis and Romano, "A circular block-resampling procedure for stationary data" (1992).
 
     >>> bootstrap_ci([1.0, 1.0, 1.0])
     (1.0, 1.0)
@@ -137,7 +141,11 @@ def bootstrap_ci(
         raise UserError(f"samples have shape {values.shape}; pass a flat list of at least one time")
     if not 0 < level < 1:
         raise UserError(f"level is {level}; it must lie between 0 and 1, for example 0.95")
-    drawn = np.random.default_rng(seed).integers(values.size, size=(n, values.size))
+    if block < 1:
+        raise UserError(f"block is {block}; pass the number of neighbours drawn together, from 1")
+    blocks = -(-values.size // block)
+    begins = np.random.default_rng(seed).integers(values.size, size=(n, blocks))
+    drawn = (begins[..., None] + np.arange(block)).reshape(n, -1)[:, : values.size] % values.size
     estimates = [float(statistic(values[row])) for row in drawn]
     low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -146,14 +154,19 @@ def bootstrap_ci(
 def timing(name: str, seconds: Sequence[float]) -> Timing:
     """Summarise the times of one function.
 
+    Times next to each other are alike, as a machine is slow for longer than one run; the interval
+    is a bootstrap of blocks of √N runs.
+
     Args:
       name: what was timed.
-      seconds: one time for each run, in the order of the runs.
+      seconds: `[N]`, one time for each run, in the order of the runs.
 
     >>> timing("step", [2.0, 1.0, 3.0]).median_s
     2.0
     """
-    return Timing(name, tuple(seconds), float(np.median(seconds)), bootstrap_ci(seconds))
+    block = round(len(seconds) ** 0.5) or 1
+    interval = bootstrap_ci(seconds, block=block)
+    return Timing(name, tuple(seconds), float(np.median(seconds)), interval)
 
 
 def interleaved(

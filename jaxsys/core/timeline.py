@@ -1,6 +1,6 @@
 """Tasks on serial streams: when each runs, what the whole takes, and a Gantt figure of it."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -175,13 +175,13 @@ def simulate(tasks: Iterable[Task]) -> Timeline:
 
 
 def simulate_shared(tasks: Iterable[Task], shares: Mapping[str, str]) -> Timeline:
-    """Run tasks on streams of which some share a resource evenly, as connections share a link.
+    """Run tasks on streams of which some share a resource in turns, as messages share a queue.
 
-    At any time each of the k streams of one resource that have work under way goes on at ``1 / k``
-    of its speed. Each stream still runs its own tasks one after the other, in their order.
+    Of the tasks whose predecessors have ended the one that has waited longest goes first, and none
+    is interrupted. Each stream still runs its own tasks one after the other, in their order.
 
     Args:
-        tasks: as for `simulate`; a duration is what a task takes when it shares with nobody.
+        tasks: as for `simulate`.
         shares: stream to the resource that it shares; streams that are not in it have their own.
 
     Returns:
@@ -192,7 +192,7 @@ def simulate_shared(tasks: Iterable[Task], shares: Mapping[str, str]) -> Timelin
 
     >>> two = [Task("a", "x", 1.0), Task("b", "y", 3.0)]
     >>> simulate_shared(two, {"x": "link", "y": "link"}).end_s
-    {'a': 2.0, 'b': 4.0}
+    {'a': 1.0, 'b': 4.0}
     """
     tasks = tuple(tasks)
     simulate(tasks)  # for its checks
@@ -201,31 +201,27 @@ def simulate_shared(tasks: Iterable[Task], shares: Mapping[str, str]) -> Timelin
         waiting.setdefault(task.stream, deque()).append(task)
     spans: dict[str, Span] = {}
     waited_for: dict[str, str | None] = {}
-    running: dict[str, tuple[Task, float, float]] = {}  # stream to task, its start, what is left
-    last: dict[str, str] = {}  # stream to the task that it ran before
-    now_s = 0.0
-    while len(spans) < len(tasks):
+    last_on: dict[str, str] = {}  # resource to the task that it ran before
+    while waiting:
+        first: tuple[float, float, str] | None = None  # start, ready, stream
         for stream, queue in waiting.items():
-            if stream in running or not queue or queue[0].release_s > now_s:
-                continue
-            if all(before in spans for before in queue[0].after):
-                task = queue.popleft()
-                running[stream] = task, now_s, float(task.duration_s)
-                before = [*task.after, *([last[stream]] if stream in last else [])]
-                ends = [name for name in before if spans[name].end_s == now_s]
-                waited_for[task.name] = ends[0] if ends and now_s > task.release_s else None
-        counts = Counter(shares.get(stream, stream) for stream in running)
-        left_s = {s: left * counts[shares.get(s, s)] for s, (_, _, left) in running.items()}
-        releases = [queue[0].release_s - now_s for queue in waiting.values() if queue]
-        step_s = min([*left_s.values(), *(r for r in releases if r > 0)])
-        now_s += step_s
-        for stream, (task, start_s, left) in list(running.items()):
-            if left_s[stream] <= step_s * (1 + 1e-12):
-                spans[task.name] = Span(task.name, stream, start_s, now_s)
-                last[stream] = task.name
-                del running[stream]
-            else:
-                running[stream] = task, start_s, left - step_s / counts[shares.get(stream, stream)]
+            if all(name in spans for name in queue[0].after):
+                ends = [spans[name].end_s for name in queue[0].after]
+                ready_s = max([float(queue[0].release_s), *ends])
+                last = last_on.get(shares.get(stream, stream))
+                found = max(ready_s, spans[last].end_s if last else 0.0), ready_s, stream
+                if first is None or found[:2] < first[:2]:
+                    first = found
+        assert first is not None  # `simulate` has found an order
+        start_s, _, stream = first
+        task, resource = waiting[stream].popleft(), shares.get(stream, stream)
+        before = (*task.after, *([last_on[resource]] if resource in last_on else []))
+        ends = [name for name in before if spans[name].end_s == start_s > task.release_s]
+        waited_for[task.name] = ends[0] if ends else None
+        spans[task.name] = Span(task.name, stream, start_s, start_s + float(task.duration_s))
+        last_on[resource] = task.name
+        if not waiting[stream]:
+            del waiting[stream]
     return Timeline(
         tuple(spans[task.name] for task in tasks), tuple(waited_for[task.name] for task in tasks)
     )

@@ -17,11 +17,12 @@ _KEY = 7  # first number of all keys of the probes
 def measure_links(
     transport: Transport, on_event: Callable[[str], None] = lambda _: None
 ) -> tuple[Float[np.ndarray, "P P"], Float[np.ndarray, "P P"], list[str]]:
-    """Time exchanges over every link in each direction and fit ``t = α + M / rate``.
+    """Time exchanges over every link, in both directions at once, and fit ``t = α + M / rate``.
 
-    Of two messages sent together the time between their receipts is that of the second's bytes
-    alone: what a link lets pass at once after a pause has been spent on the first. Half an empty
-    exchange is α.
+    Both ends send, as those of a pipeline do, since what acknowledges one direction waits behind
+    the messages of the other. Of two messages sent together the time between their receipts is that
+    of the second's bytes alone: what a link lets pass at once after a pause has been spent on the
+    first. Half an empty exchange is α.
 
     Args:
       transport: this process's.
@@ -40,76 +41,90 @@ def measure_links(
     latency_s, rates = np.zeros((size, size)), np.ones((size, size))
     notes: list[str] = []
     for p in range(size):
-        for q in range(size):
-            if p == q:
-                continue
+        for q in range(p + 1, size):
             found = np.zeros(2)
             if rank == p:
-                on_event(f"timing the link from {p} to {q}")
-                found = np.array(_probe(transport, q))
+                on_event(f"timing the link between {p} and {q}")
+                found = np.array(_ask(transport, q))
             elif rank == q:
-                _answer(transport, p)
+                found = np.array(_answer(transport, p))
             # everybody learns it: nobody starts the next probe before this one has ended
-            found = gather(transport, found, 100 + p * size + q)[p]
-            latency_s[p, q], rates[p, q] = abs(found)
-            if found[1] < 0:
-                notes.append(f"link {p} to {q}: its times lie on no line; the median rate is used")
+            everyone = gather(transport, found, 100 + p * size + q)
+            latency_s[p, q] = latency_s[q, p] = everyone[p, 0]
+            for source, target in ((p, q), (q, p)):
+                rate = everyone[target, 1]
+                rates[source, target] = abs(rate)
+                if rate < 0:
+                    notes.append(
+                        f"link {source} to {target}: its times lie on no line; the median rate is "
+                        "used"
+                    )
     return latency_s, rates, notes
 
 
-def _probe(transport: Transport, q: int) -> tuple[float, float]:
-    """Time the link to q: α and its rate, the rate negative where it is a median."""
+def _ask(transport: Transport, q: int) -> tuple[float, float]:
+    """Lead the exchanges with q: α, and the rate from q to here (negative where it is a median)."""
     turn = 0
 
     def exchange(n_bytes: int, count: int) -> list[float]:
         nonlocal turn
         turn += 1
-        head = np.array([n_bytes, count], np.int64)
-        transport.send(q, (_KEY, 3, turn), [head])
-        payload = np.zeros(n_bytes, np.uint8)
-        for k in range(count):
-            transport.send(q, (_KEY, 4, turn, k), [payload])
-        marks = []
-        for k in range(count):
-            transport.receive(q, (_KEY, 5, turn, k), [np.zeros(1, np.uint8)])
-            marks.append(time.perf_counter())
-        return marks
+        transport.send(q, (_KEY, 3, turn), [np.array([n_bytes, count], np.int64)])
+        return _both_ways(transport, q, turn, n_bytes, count)
 
     empty = []
     for _ in range(6):
         start_s = time.perf_counter()
         empty.append(exchange(1, 1)[0] - start_s)
-    alpha_s = statistics.median(empty[1:]) / 2
-    sizes, seconds = [], []
+    times: list[tuple[int, float]] = []
     n_bytes = _FIRST_BYTES
     while True:
-        marks = [exchange(n_bytes, 3) for _ in range(3)]
-        times = [max(m[2] - m[1], 1e-7) for m in marks]
-        sizes += [n_bytes] * 3
-        seconds += times
-        if statistics.median(times) > _LINK_S or n_bytes >= _MOST_BYTES:
+        times += [(n_bytes, _last_s(exchange(n_bytes, 3))) for _ in range(3)]
+        if statistics.median(s for _, s in times[-3:]) > _LINK_S or n_bytes >= _MOST_BYTES:
             break
         n_bytes *= 2
     exchange(0, 0)
-    try:
-        line = fit_linear(sizes, seconds)
-        return alpha_s, 1.0 / line.beta_s_per_unit
-    except PoorFitError:
-        large = [n / s for n, s in zip(sizes, seconds, strict=True)][-6:]
-        return alpha_s, -statistics.median(large)
+    return statistics.median(empty[1:]) / 2, _rate(times)
 
 
-def _answer(transport: Transport, p: int) -> None:
-    turn = 0
+def _answer(transport: Transport, p: int) -> tuple[float, float]:
+    """Do the exchanges that p asks for: 0, and the rate from p to here."""
+    turn, times = 0, []
     while True:
         turn += 1
         (head,) = transport.receive(p, (_KEY, 3, turn), [np.zeros(2, np.int64)])
         n_bytes, count = (int(x) for x in head)
         if count == 0:
-            return
-        for k in range(count):
-            transport.receive(p, (_KEY, 4, turn, k), [np.zeros(n_bytes, np.uint8)])
-            transport.send(p, (_KEY, 5, turn, k), [np.zeros(1, np.uint8)])
+            return 0.0, _rate(times)
+        marks = _both_ways(transport, p, turn, n_bytes, count)
+        if count > 1:
+            times.append((n_bytes, _last_s(marks)))
+
+
+def _both_ways(
+    transport: Transport, other: int, turn: int, n_bytes: int, count: int
+) -> list[float]:
+    """Send messages and receive as many; gives the times of receipt."""
+    payload, marks = np.zeros(n_bytes, np.uint8), []
+    for k in range(count):
+        transport.send(other, (_KEY, 4, turn, k), [payload])
+    for k in range(count):
+        transport.receive(other, (_KEY, 4, turn, k), [payload])
+        marks.append(time.perf_counter())
+    return marks
+
+
+def _last_s(marks: list[float]) -> float:
+    return max(marks[-1] - marks[-2], 1e-7)
+
+
+def _rate(times: list[tuple[int, float]]) -> float:
+    """Fit bytes per second; where there is no line, give the median of the largest, negative."""
+    sizes, seconds = zip(*times, strict=True)
+    try:
+        return 1.0 / fit_linear(sizes, seconds).beta_s_per_unit
+    except PoorFitError:
+        return -statistics.median(n / s for n, s in times[-6:])
 
 
 def gather(transport: Transport, mine: np.ndarray, turn: int) -> np.ndarray:

@@ -124,7 +124,8 @@ def predict(
 ) -> Timeline:
     """Simulate one step of a plan; see `tasks`.
 
-    Messages between two sites share their link evenly, as their connections do.
+    Messages between two sites take their link one after the other, first come, first served: its
+    queue holds whole messages. (Those that last longer than the queue share it more evenly.)
 
     Args:
         plan: the plan.

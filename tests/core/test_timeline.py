@@ -88,11 +88,15 @@ def test_streams_that_share_nothing_run_as_before_and_sharing_only_delays(fields
         assert shared.end_s[task.name] - begin >= task.duration_s - 1e-9
 
 
-def test_connections_share_a_link_evenly_whenever_both_have_work():
-    tasks = [Task("a", "x", 2.0), Task("b", "y", 2.0, release_s=1.0), Task("c", "y", 1.0)]
+def test_of_streams_that_share_the_task_that_has_waited_longest_goes_first():
+    tasks = [
+        *(Task("a", "x", 2.0), Task("d", "x", 1.0, release_s=1.5)),
+        *(Task("b", "y", 2.0, release_s=1.0), Task("c", "y", 1.0)),
+    ]
     timeline = simulate_shared(tasks, {"x": "link", "y": "link"})
-    # a alone until 1, beside b until 3; then the rest of b, then c
-    assert timeline.end_s == {"a": 3.0, "b": 4.0, "c": 5.0}
+    # b waits since 1, d since 1.5; c has been ready from the beginning, but b is before it
+    assert timeline.end_s == {"a": 2.0, "b": 4.0, "c": 5.0, "d": 6.0}
+    assert timeline.critical_path() == ("a", "b", "c", "d")
 
 
 def test_a_predecessor_may_stand_later_in_the_list():
