@@ -19,7 +19,7 @@ sum here. Two parts are emulated to get round that:
   has been put on the accelerator beforehand.
 - **An accelerator that waits** (rows `waiting`): its pieces are computed, a few columns of every
   part, and then wait for as long as an accelerator would take that reads them at a given rate. The
-  wait takes no core. The CPU's pieces, nine tenths or more of the columns, really compute meanwhile.
+  wait takes no core. The CPU's pieces, nine tenths or more of the columns, really compute.
 
 Before and after each comparison a control is timed: two programs that know nothing of each other,
 one on each device, over one of them alone. 1 says that the machine ran both at once, 2 that it did
@@ -239,10 +239,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{told}; a decode step. {given.runs} interleaved rounds; medians, ratios "
         "of pairs with bootstrap intervals. Sum and maximum are of the times that each resource "
         "was busy when every task was waited for. The link is emulated: 2 or 16 GB/s and no core; "
-        "a waiting accelerator computes its pieces, a twentieth or a tenth of the columns, and then "
-        "waits for their bytes at 2 or 4 GB/s. A program on either device may take both cores, and one "
-        "row times a matrix takes most of the memory's rate, so that two devices that compute "
-        "take turns. Control: two independent programs, one on each device, over one of them, "
+        "a waiting accelerator computes its pieces, a twentieth or a tenth of the columns, and "
+        "then waits for their bytes at 2 or 4 GB/s. A program on either device may take both "
+        "cores, and one row times a matrix takes most of the memory's rate, so that two devices "
+        "that compute take turns. Control: two independent programs, one on each device, over one of them, "
         "before and after (1: the machine runs both at once).\n\n" + markdown_table(rows)
     )
     print(text)

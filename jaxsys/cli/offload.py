@@ -1,7 +1,7 @@
 """`jaxsys offload`: CPU + accelerator inference, planned for the machine (arXiv 2411.15715)."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,9 @@ class GenerateConfig(PlanConfig):
       seed: Seed of the draws; the same seed gives the same text.
       prompt: What to continue; several are decoded together, as many at once as --batch says.
       plan: A plan.json of `jaxsys offload plan`, instead of planning.
+      cache: Which of the experts that were copied over stay on the accelerator in place of others:
+        none (the plan's stay), lru, frequency, or score (HybriMoE's).
+      early: Run the next mixture layer's router early and copy ahead what it names.
       chat: Put each prompt into the model's chat template, as a user's message.
       max_tokens: New tokens of a prompt at most.
       temperature: 0 takes the most likely token.
@@ -61,6 +64,8 @@ class GenerateConfig(PlanConfig):
 
     prompt: tuple[str, ...]
     plan: Path | None = None
+    cache: Literal["none", "lru", "frequency", "score"] = "none"
+    early: bool = False
     chat: bool = False
     max_tokens: int = 128
     temperature: float = 0.0
@@ -134,6 +139,8 @@ def run_generate(config: GenerateConfig) -> dict[str, Any]:
     prepared = _prepared(config, max(map(len, prompts)) + config.max_tokens)
     if config.plan is not None:
         prepared = prepared._replace(plan=read_plan(config.plan))
+    asked = replace(prepared.request, cache=config.cache, early=config.early)
+    prepared = prepared._replace(request=asked)
     print(describe(prepared.plan, prepared.machine), file=sys.stderr, flush=True)
     engine = start(prepared)
     ends = {*prepared.config.eos_ids, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))}

@@ -128,7 +128,8 @@ def bootstrap_ci(
     Raises:
       UserError: without samples, with a level outside (0, 1) or a block below 1.
 
-    Reference: Politis and Romano, "A circular block-resampling procedure for stationary data" (1992).
+    Reference: Politis and Romano, "A circular block-resampling procedure for stationary data",
+    1992.
 
     >>> bootstrap_ci([1.0, 1.0, 1.0])
     (1.0, 1.0)

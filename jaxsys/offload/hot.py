@@ -39,13 +39,14 @@ class HotExperts:
     def __init__(
         self, policy: Policy, plan: Plan, weights: Mapping[tuple[int, int], Any], device: Any
     ):
-        layers = sorted({layer for layer, _ in weights})
+        parts = [part for part in plan.parts if part.kind == "expert"]
+        layers = sorted({part.layer for part in parts})
         self._number = {layer: n for n, layer in enumerate(layers)}
-        resident = np.zeros((len(layers), 1 + max((e for _, e in weights), default=0)), bool)
+        resident = np.zeros((len(layers), 1 + max(part.expert for part in parts)), bool)
         for part, here in zip(plan.parts, plan.resident, strict=True):
             if part.kind == "expert" and here == part.columns:
                 resident[self._number[part.layer], part.expert] = True
-        self._policy = policy
+        self._policy, self._whole = policy, frozenset(weights)
         self.state: CacheState = init_cache(policy, resident)
         self._weights = {
             (layer, e): jax.device_put(tree, device)
@@ -66,9 +67,11 @@ class HotExperts:
             layer: which.
             experts: that were chosen, of all rows.
             scores: router's probabilities of the rows, [N, E].
-            came: weights that have crossed the link for this, by expert.
+            came: weights that have crossed the link for this, by expert; of experts that the plan
+                cuts they are not all, and are not kept.
         """
         number = self._number[layer]
+        came = {e: tree for e, tree in came.items() if (layer, e) in self._whole}
         event = Event(number, tuple(experts), scores.mean(0))
         self.state = observe(self._policy, self.state, event)
         used = [e for e in experts if e not in came and self.get(layer, e) is not None]

@@ -13,6 +13,7 @@ from jaxsys.core.errors import UserError
 from jaxsys.core.report import read_object
 from jaxsys.evaluate.buckets import bucket
 from jaxsys.models import lm
+from jaxsys.offload.cache import frequency, lru, score
 from jaxsys.offload.choose import chooser
 from jaxsys.offload.engine import Engine, as_planned, forward, init_state, make_engine
 from jaxsys.offload.load import open_model, place_model, tensor_bytes
@@ -41,6 +42,9 @@ class Request:
         batch: rows that are decoded together.
         context: most tokens of a row, prompt and answer.
         chunk: tokens of a prompt that are read at once.
+        cache: which experts that were copied over stay on the accelerator in place of others;
+            ``none`` leaves the plan's there.
+        early: run the next mixture layer's router early and copy ahead what it names.
 
     >>> Request(model=Path("somewhere")).budget
     '75%'
@@ -55,6 +59,8 @@ class Request:
     batch: int = 1
     context: int = 1024
     chunk: int = 256
+    cache: Literal["none", "lru", "frequency", "score"] = "none"
+    early: bool = False
 
 
 class Prepared(NamedTuple):
@@ -191,7 +197,8 @@ def start(prepared: Prepared) -> Engine:
         The engine.
 
     Raises:
-        UserError: as `place_model`.
+        UserError: as `place_model`; or for a cache or an early router without experts or without
+            an accelerator.
 
     >>> start(prepare(Request(model=Path("nowhere"))))
     Traceback (most recent call last):
@@ -199,12 +206,24 @@ def start(prepared: Prepared) -> Engine:
     jaxsys.core.errors.UserError: nowhere is no model; ...
     """
     request, devices = prepared.request, prepared.devices
-    placed = place_model(
-        request.model, prepared.plan, devices, dtype=request.dtype, int8=request.int8
-    )
     alone = prepared.machine.accelerator is None
+    policies = {"none": None, "lru": lru(), "frequency": frequency(), "score": score()}
+    policy = policies[request.cache]
+    if (policy or request.early) and (alone or not prepared.config.experts):
+        raise UserError(
+            "a cache of experts or an early router was asked for, and the run has no "
+            f"{'accelerator' if alone else 'experts'}; expected both; leave these options out"
+        )
+    placed = place_model(
+        request.model,
+        prepared.plan,
+        devices,
+        dtype=request.dtype,
+        int8=request.int8,
+        fixed=policy is None,
+    )
     choose = as_planned if alone else chooser(prepared.plan, prepared.machine)
-    return make_engine(placed, choose=choose)
+    return make_engine(placed, choose=choose, policy=policy, early=request.early)
 
 
 def where_time_goes(

@@ -56,6 +56,9 @@ def test_plan_then_generate(folder, capfd, tmp_path):
     # The same text as the whole program's, alone on standard output.
     assert main(["lm", "generate", str(folder), *asked[:4]]) == 0
     assert capfd.readouterr().out == told.out
+    status, again = _run(capfd, folder, "generate", *asked, "--cache", "lru", "--early")
+    assert status == 0
+    assert again.out == told.out
 
 
 @pytest.mark.slow
@@ -77,6 +80,10 @@ def test_a_report_is_one_object(folder, capfd):
         (("plan", "--accelerator", "virtual", "--budget", "100B"), "more; raise the budget"),
         (("generate", "--prompt", "x", "--plan", "no.json"), "no.json cannot be read"),
         (("generate", "--prompt", "x", "--max-tokens", "99"), "is longer than the cache can be"),
+        (
+            ("generate", "--prompt", "x", "--max-tokens", "2", "--cache", "lru"),
+            "has no accelerator",
+        ),
     ],
 )
 def test_mistakes(folder, capfd, argv, words):
