@@ -196,7 +196,8 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
             if k > options["warm"]:
                 rows[i]["step_s"].append(float(everyone[:, 0].max()))
                 rows[i]["bytes"].append(float(everyone[:, 1].sum()))
-    predict_anew(rows, graph, session.profile(links, 1e9, options["sites"]))
+    if options["rounds"]:  # else nothing was sampled: programs were to be compiled only
+        predict_anew(rows, graph, session.profile(links, 1e9, options["sites"]))
     for row, times in zip(rows, own, strict=True):
         turn += 2
         every = gather(transport, np.median(times or [[0.0] * 3], axis=0), turn)

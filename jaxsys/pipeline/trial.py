@@ -104,10 +104,13 @@ class Trials:
             self._step(i)
             infos.append(self._step(i))
 
-    def seconds(self) -> Float[np.ndarray, "K 3"]:
-        """Give the median seconds of a forward, a backward and an update under each plan."""
-        found = np.array([span_seconds(infos) for infos in self._infos])
-        return found * [1.0, 1.0, float(self._updates)]
+    def seconds(self) -> Float[np.ndarray, "K 4"]:
+        """Give the median seconds of a forward, a backward and an update, and the busy share."""
+        found = [
+            (*span_seconds(infos), np.median([info.busy_s / info.step_s for info in infos]))
+            for infos in self._infos
+        ]
+        return np.array(found) * [1.0, 1.0, float(self._updates), 1.0]
 
 
 def span_seconds(infos: Sequence[StepInfo]) -> list[float]:
@@ -148,13 +151,15 @@ def fit_trials(
     fleet: Fleet,
     overheads: Overheads,
     plans: Sequence[Plan],
-    measured_s: Float[np.ndarray, "P K 3"],
+    measured: Float[np.ndarray, "P K 4"],
 ) -> Fitted:
     """Fit speeds, calls, codecs and messages to the seconds of trial steps.
 
     ``t_s = φ_p Σ node + c + e codec + h bytes`` for forwards and backwards of all stages s on their
     devices p under all plans, c, e and h the same for all devices but for their speed, none
-    negative, relative errors squared; e is drawn to 1 where trials do not tell.
+    negative, relative errors squared; e is drawn to 1 where trials do not tell. A trial counts by
+    the share of its step that devices are at work: where they mostly wait for links, stages take
+    longer, and it matters less.
 
     Reconstruction: ours; the paper's estimator regresses short probes of single operators.
 
@@ -163,7 +168,7 @@ def fit_trials(
       fleet: with the speeds that programs reach alone.
       overheads: of the codecs alone.
       plans: of the trials.
-      measured_s: of each device under each plan, what `Trials` gives.
+      measured: of each device under each plan, what `Trials` gives.
 
     Returns:
       The fit.
@@ -171,7 +176,7 @@ def fit_trials(
     >>> from jaxsys.pipeline.fleets import even_fleet
     >>> from jaxsys.pipeline.work import chain_work
     >>> plans, fleet = trial_plans(4, 2, 2), even_fleet([3.0, 3.0])
-    >>> taken = np.array([[[1.5, 2.5, 0.0]] * 2] * 2)  # nodes alone: 2/3 and 4/3
+    >>> taken = np.array([[[1.5, 2.5, 0.0, 1.0]] * 2] * 2)  # nodes alone: 2/3 and 4/3
     >>> fitted = fit_trials(chain_work([1] * 4, [64] * 3), fleet, Overheads(3.0), plans, taken)
     >>> fitted.speed_flops_s.round(2).tolist(), round(fitted.overheads.forward_call_s, 2)
     ([2.0, 2.0], 0.5)
@@ -179,7 +184,8 @@ def fit_trials(
     from scipy.optimize import nnls
 
     speeds = fleet.speed_flops_s.copy()
-    target = np.concatenate([measured_s[:, k, :2].T.reshape(-1) for k in range(len(plans))])
+    target = np.concatenate([measured[:, k, :2].T.reshape(-1) for k in range(len(plans))])
+    weight = np.repeat(measured[:, :, 3].mean(0), 2 * len(fleet))
     found, worst = np.ones(len(fleet) + 3), 0.0
     for _ in range(_FITS):
         now = at_speeds(fleet, speeds)
@@ -188,14 +194,15 @@ def fit_trials(
         relative = columns / target[:, None]
         prior = np.zeros((1, relative.shape[1]))
         prior[0, -2] = _SURE
-        found, _ = nnls(np.concatenate([relative, prior]), np.append(np.ones(len(target)), _SURE))
+        weighted = np.concatenate([relative * weight[:, None], prior])
+        found, _ = nnls(weighted, np.append(weight, _SURE))
         worst = float(np.abs(relative @ found - 1).max())
         speeds = speeds / np.maximum(found[: len(fleet)], 1e-3)
     call, codec, host = found[-3:].tolist()
     slower = speeds[0] / speeds
     edges = np.array([0, *plans[0].boundaries, plans[0].n_nodes])
     n_bytes = stage_memory(work, edges[:-1], edges[1:], 0, Limits(copies=1.0))
-    update = (measured_s[:, :, 2].mean(1) / slower).sum() / max(float(n_bytes.sum()), 1.0)
+    update = (measured[:, :, 2].mean(1) / slower).sum() / max(float(n_bytes.sum()), 1.0)
     return Fitted(
         speeds,
         Overheads(

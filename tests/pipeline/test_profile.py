@@ -116,13 +116,29 @@ def test_what_workers_take_beside_their_programs_is_found_from_trial_steps():
     beside = Overheads(8e8, 2e-4, 2e-4, 1e-8, 1e-7, 1e-9, 1e-6, 3e-9)
     work = profile.work(graph)
     costs = [costs_of(work, truth, plan, overheads=beside) for plan in plans]
-    measured = np.array([[c.forward_s, c.backward_s, c.update_s] for c in costs])
-    found = tried(profile, graph, plans, measured.transpose(2, 0, 1))
+    measured = np.array(
+        [[c.forward_s, c.backward_s, c.update_s, (share,) * 3]
+         for c, share in zip(costs, (0.1, 0.6), strict=True)]
+    ).transpose(2, 0, 1)  # fmt: skip
+    found = tried(profile, graph, plans, measured)
     np.testing.assert_allclose(found.fleet.speed_flops_s, truth.speed_flops_s, rtol=1e-2)
     np.testing.assert_allclose(found.overheads, beside, rtol=1e-2)
     for plan, cost in zip(plans, costs, strict=True):
         again = found.costs(graph, plan)
         np.testing.assert_allclose(again.forward_s, cost.forward_s, rtol=1e-2)
+
+
+def test_trials_that_disagree_count_by_how_busy_they_were():
+    graph = _graph([1e6] * 4)
+    profile = Profile(
+        Fleet((Device("a", 1e9, 1e9), Device("b", 1e9, 1e9)), np.zeros((2, 2)), np.ones((2, 2))),
+        ((1e-3, 2e-3),) * 4, 1e9, Overheads(1e9), (),
+    )  # fmt: skip
+    plans = trial_plans(4, 2, 2)
+    idle, busy = [2.4e-3, 4.8e-3, 0.0, 0.1], [2e-3, 4e-3, 0.0, 0.9]
+    found = tried(profile, graph, plans, np.array([[idle, busy]] * 2))
+    forward = found.costs(graph, plans[1]).forward_s
+    np.testing.assert_allclose(forward, 2e-3, rtol=0.02)
 
 
 def test_a_profile_is_read_back():
