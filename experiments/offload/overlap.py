@@ -243,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
         "then waits for their bytes at 2 or 4 GB/s. A program on either device may take both "
         "cores, and one row times a matrix takes most of the memory's rate, so that two devices "
         "that compute take turns. Control: two independent programs, one on each device, over "
-        "one of them, before and after (1: the machine runs both at once).\n\n" + markdown_table(rows)
+        "one of them, before and after (1: the machine runs both at once).\n\n"
+        + markdown_table(rows)
     )
     print(text)
     if not given.smoke:
