@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxsys.cluster.throttle import Throttle
 from jaxsys.cluster.transport import Transport
@@ -24,18 +24,22 @@ from jaxsys.pipeline.execute import Worker
 from jaxsys.pipeline.job import Setup
 from jaxsys.pipeline.memory import Limits, stage_memory
 from jaxsys.pipeline.plan import Plan
+from jaxsys.pipeline.renumbered import Renumbered
 from jaxsys.pipeline.turn import StepInfo
 from jaxsys.pipeline.work import Work
 
 FEW = 16.0  # ratio of the trial with top-k
 _FIRST_STEP = 10**9  # far from the numbers of the steps of a run over the same transport
+_STEPS = 10**7  # more than a trial plan makes
 _FITS = 3  # what a device's overheads take depends on its speed, which is fitted too
 _SURE = 0.03  # weight of codecs taking what they take alone, beside relative errors of the trials
 KINDS = ("forward", "backward", "update")
 
 
 def trial_plans(n_nodes: int, devices: int, micro_batches: int) -> tuple[Plan, ...]:
-    """Cut a graph evenly over all devices: a dense plan and one with top-k on every link.
+    """Cut a graph evenly over all devices: dense, with top-k on every link, and so the other way.
+
+    The last plan has the devices in reverse, so that a slow device is told from a heavy stage.
 
     Args:
       n_nodes: of the graph, at least one for each device.
@@ -43,7 +47,7 @@ def trial_plans(n_nodes: int, devices: int, micro_batches: int) -> tuple[Plan, .
       micro_batches: in a step.
 
     >>> [plan.boundaries for plan in trial_plans(10, 4, 2)]
-    [(2, 5, 8), (2, 5, 8)]
+    [(2, 5, 8), (2, 5, 8), (2, 5, 8)]
     """
     cuts = tuple(round(n_nodes * i / devices) for i in range(1, devices))
     row, links = tuple(range(devices)), devices - 1
@@ -51,7 +55,7 @@ def trial_plans(n_nodes: int, devices: int, micro_batches: int) -> tuple[Plan, .
     few = (FEW,) * links
     topk = Plan(n_nodes, cuts, row, micro_batches=micro_batches, codec="topk",
                 ratios_forward=few, ratios_backward=few)  # fmt: skip
-    return (dense, topk) if links else (dense,)
+    return (dense, topk, replace(topk, devices=row[::-1])) if links else (dense,)
 
 
 class Trials:
@@ -59,8 +63,8 @@ class Trials:
 
     Args:
       setup: the model.
-      plans: over all devices, in their order, cut alike.
-      transport: joins them.
+      plans: over all devices, cut alike.
+      transport: joins them; process i is device i.
       granularity: of the graph's nodes.
       optimizer: of the run; updates are not timed without.
       throttle: of this device.
@@ -82,13 +86,14 @@ class Trials:
         staged = cut_at(setup.loss_fn, shapes, specs, plans[0].boundaries, granularity=granularity)
         update = optax.sgd(0.0) if optimizer is None else optimizer
         self._workers = [
-            Worker(staged, plan, transport, update, shapes, throttle=throttle) for plan in plans
-        ]
-        own = set(self._workers[0].paths.values())
-        make = jax.jit(lambda key: {k: x for k, x in tree.flatten(setup.init(key)).items()
-                                    if k in own})  # fmt: skip
-        params = make(jax.random.key(0))
-        self._states = [w.init(params)._replace(step=_FIRST_STEP) for w in self._workers]
+            Worker(staged, plan, Renumbered(transport, plan.devices), update, shapes,
+                   throttle=throttle)
+            for plan in plans
+        ]  # fmt: skip
+        self._states = []
+        for i, worker in enumerate(self._workers):
+            params = _own_params(setup, frozenset(worker.paths.values()))
+            self._states.append(worker.init(params)._replace(step=_FIRST_STEP + i * _STEPS))
         self._data, self._updates = setup.data(0), optimizer is not None
         self._infos: list[list[StepInfo]] = [[] for _ in plans]
         for i in range(len(plans)):
@@ -111,6 +116,13 @@ class Trials:
             for infos in self._infos
         ]
         return np.array(found) * [1.0, 1.0, float(self._updates), 1.0]
+
+
+def _own_params(setup: Setup, own: frozenset[str]) -> dict[str, Array]:
+    """Make those parameters that are named, and no others."""
+    return jax.jit(
+        lambda key: {k: x for k, x in tree.flatten(setup.init(key)).items() if k in own}
+    )(jax.random.key(0))
 
 
 def span_seconds(infos: Sequence[StepInfo]) -> list[float]:
@@ -176,7 +188,7 @@ def fit_trials(
     >>> from jaxsys.pipeline.fleets import even_fleet
     >>> from jaxsys.pipeline.work import chain_work
     >>> plans, fleet = trial_plans(4, 2, 2), even_fleet([3.0, 3.0])
-    >>> taken = np.array([[[1.5, 2.5, 0.0, 1.0]] * 2] * 2)  # nodes alone: 2/3 and 4/3
+    >>> taken = np.array([[[1.5, 2.5, 0.0, 1.0]] * 3] * 2)  # nodes alone: 2/3 and 4/3
     >>> fitted = fit_trials(chain_work([1] * 4, [64] * 3), fleet, Overheads(3.0), plans, taken)
     >>> fitted.speed_flops_s.round(2).tolist(), round(fitted.overheads.forward_call_s, 2)
     ([2.0, 2.0], 0.5)
@@ -184,7 +196,9 @@ def fit_trials(
     from scipy.optimize import nnls
 
     speeds = fleet.speed_flops_s.copy()
-    target = np.concatenate([measured[:, k, :2].T.reshape(-1) for k in range(len(plans))])
+    target = np.concatenate(
+        [measured[list(plan.devices), k, :2].T.reshape(-1) for k, plan in enumerate(plans)]
+    )
     weight = np.repeat(measured[:, :, 3].mean(0), 2 * len(fleet))
     found, worst = np.ones(len(fleet) + 3), 0.0
     for _ in range(_FITS):

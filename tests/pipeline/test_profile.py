@@ -116,10 +116,10 @@ def test_what_workers_take_beside_their_programs_is_found_from_trial_steps():
     beside = Overheads(8e8, 2e-4, 2e-4, 1e-8, 1e-7, 1e-9, 1e-6, 3e-9)
     work = profile.work(graph)
     costs = [costs_of(work, truth, plan, overheads=beside) for plan in plans]
-    measured = np.array(
-        [[c.forward_s, c.backward_s, c.update_s, (share,) * 3]
-         for c, share in zip(costs, (0.1, 0.6), strict=True)]
-    ).transpose(2, 0, 1)  # fmt: skip
+    measured = np.zeros((3, len(plans), 4))
+    for k, (plan, c, share) in enumerate(zip(plans, costs, (0.1, 0.6, 0.6), strict=True)):
+        by_stage = np.array([c.forward_s, c.backward_s, c.update_s, (share,) * 3]).T
+        measured[list(plan.devices), k] = by_stage
     found = tried(profile, graph, plans, measured)
     np.testing.assert_allclose(found.fleet.speed_flops_s, truth.speed_flops_s, rtol=1e-2)
     np.testing.assert_allclose(found.overheads, beside, rtol=1e-2)
@@ -136,7 +136,7 @@ def test_trials_that_disagree_count_by_how_busy_they_were():
     )  # fmt: skip
     plans = trial_plans(4, 2, 2)
     idle, busy = [2.4e-3, 4.8e-3, 0.0, 0.1], [2e-3, 4e-3, 0.0, 0.9]
-    found = tried(profile, graph, plans, np.array([[idle, busy]] * 2))
+    found = tried(profile, graph, plans, np.array([[idle, busy, busy]] * 2))
     forward = found.costs(graph, plans[1]).forward_s
     np.testing.assert_allclose(forward, 2e-3, rtol=0.02)
 
