@@ -192,7 +192,7 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
             sent = float(sum(info.sent_bytes.values()))
             everyone = gather(transport, np.array([info.step_s, sent]), turn + 1)
             if k:
-                own[i].append(span_seconds([info]))
+                own[i].append([*span_seconds([info]), info.late_share])
             if k > options["warm"]:
                 rows[i]["step_s"].append(float(everyone[:, 0].max()))
                 rows[i]["bytes"].append(float(everyone[:, 1].sum()))
@@ -200,8 +200,8 @@ def run_plans(options: dict, setup, transport) -> list[dict]:
         predict_anew(rows, graph, session.profile(links, 1e9, options["sites"]))
     for row, times in zip(rows, own, strict=True):
         turn += 2
-        every = gather(transport, np.median(times or [[0.0] * 3], axis=0), turn)
-        row["stages_own_s"] = every[list(row["plan"].devices)].tolist()
+        every = gather(transport, np.median(times or [[0.0] * 4], axis=0), turn)
+        row["stages_own_s"] = every[list(row["plan"].devices), :3].tolist()
     return [
         {k: v for k, v in row.items() if k != "plan"}
         | {"boundaries": row["plan"].boundaries, "devices": row["plan"].devices,
@@ -228,14 +228,14 @@ def predict_again(rows, own, work, fleet, transport) -> None:
     from jaxsys.pipeline.timing import predict_s
 
     mine = np.array([np.mean(times, axis=0) for times in own])
-    everyone = gather(transport, mine, 1)  # by process, which is a device: [P, plans, 3]
+    everyone = gather(transport, mine, 1)  # by process, which is a device: [P, plans, 4]
     for i, row in enumerate(rows):
         plan = row["plan"]
         by_stage = everyone[list(plan.devices), i]
         costs = costs_of(work, fleet, plan)
         again = Costs(
             tuple(by_stage[:, 0].tolist()), tuple(by_stage[:, 1].tolist()), costs.messages,
-            costs.devices, tuple(by_stage[:, 2].tolist()),
+            costs.devices, tuple(by_stage[:, 2].tolist()), float(by_stage[1:, 3].mean()),
         )  # fmt: skip
         row["again_s"] = predict_s(plan, again, fleet)
 

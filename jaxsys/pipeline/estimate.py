@@ -124,6 +124,7 @@ class Overheads(NamedTuple):
         update_s_per_byte: of the optimiser, once a step, for each byte of parameters.
         message_s_per_byte: of handing a byte to the network or taking it from there, at each end,
             where that slows the device down.
+        late_share: of a backward that follows when its message has left: gradients are added up.
 
     >>> Overheads().update_s_per_byte
     0.0
@@ -137,6 +138,7 @@ class Overheads(NamedTuple):
     decode_s_per_byte: float = 0.0
     update_s_per_byte: float = 0.0
     message_s_per_byte: float = 0.0
+    late_share: float = 0.0
 
 
 NO_OVERHEADS = Overheads()
@@ -151,6 +153,7 @@ class Costs(NamedTuple):
         messages: what travels.
         devices: index of each stage's device, [S].
         update_s: seconds of each stage's update, once a step, [S]; none where left out.
+        late_share: of a backward that follows when its message has left.
 
     >>> Costs((1.0,), (2.0,), (), (0,)).backward_s
     (2.0,)
@@ -161,6 +164,7 @@ class Costs(NamedTuple):
     messages: tuple[Message, ...]
     devices: tuple[int, ...]
     update_s: tuple[float, ...] = ()
+    late_share: float = 0.0
 
 
 def costs_of(
@@ -238,7 +242,7 @@ def costs_of(
             seconds[receiver] += (ends[1] * dense + host) * slower[receiver]
     return Costs(
         tuple(forward.tolist()), tuple(backward.tolist()), tuple(messages), plan.devices,
-        tuple(update.tolist()) if overheads.update_s_per_byte else (),
+        tuple(update.tolist()) if overheads.update_s_per_byte else (), overheads.late_share,
     )  # fmt: skip
 
 

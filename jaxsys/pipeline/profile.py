@@ -263,7 +263,7 @@ class Session:
 
 
 def tried(
-    found: Profile, graph: Dag, plans: Sequence[Plan], trials: Float[np.ndarray, "P K 4"]
+    found: Profile, graph: Dag, plans: Sequence[Plan], trials: Float[np.ndarray, "P K 5"]
 ) -> Profile:
     """Bring a profile of programs that run alone to what they take in a worker.
 
@@ -271,7 +271,7 @@ def tried(
       found: that profile.
       graph: of the model.
       plans: of the trials.
-      trials: seconds and busy share of each device under each plan, what `trial.Trials` gives.
+      trials: seconds, busy and late share of each device under each plan, of `trial.Trials`.
 
     Returns:
       The profile.
@@ -280,7 +280,7 @@ def tried(
     >>> graph = Dag((Node("a", 1e6, (), (), 0, 0),), (), (), ())
     >>> row = Own(1e9, np.zeros(3), np.array([[1e-3, 2e-3]])).row()
     >>> found = assemble(graph, row[None], np.zeros((1, 1)), np.ones((1, 1)))
-    >>> slower = tried(found, graph, trial_plans(1, 1, 2), np.array([[[2e-3, 4e-3, 0, 1]]]))
+    >>> slower = tried(found, graph, trial_plans(1, 1, 2), np.array([[[2e-3, 4e-3, 0, 1, 0]]]))
     >>> np.round(np.array(slower.node_s) * 1e3, 3).tolist()
     [[2.0, 4.0]]
     """

@@ -33,8 +33,9 @@ def tasks(
 
     Returns:
         Tasks ``forward s.i``, ``backward s.i`` and ``weight s.i`` of stage s and micro-batch i on
-        the devices, ``send s-t.i`` (activations) and ``return s-t.i`` (cotangents) on the links;
-        ``update s`` last where the costs have it.
+        the devices (``sum s.i`` for what of a backward follows its message), ``send s-t.i``
+        (activations) and ``return s-t.i`` (cotangents) on the links; ``update s`` last where the
+        costs have it.
 
     >>> costs = Costs((1.0, 1.0), (2.0, 2.0), (Message(0, 1, 8, 8, 0.5, 0.5),), (0, 1))
     >>> found = tasks(Plan(2, (1,), (0, 1), micro_batches=2), costs)
@@ -51,6 +52,7 @@ def tasks(
             out.setdefault(("backward", message.target), []).append(message)
     own = [[t for t in range(plan.n_stages) if plan.devices[t] == d] for d in plan.devices]
     split = plan.order == "zero-bubble"
+    late = 0.0 if split else costs.late_share
     found: list[Task] = []
     for worker in range(plan.n_workers):
         name = _device(fleet, plan.devices[worker])
@@ -58,7 +60,7 @@ def tasks(
         for kind, i, s in ran:
             seconds = {
                 "forward": costs.forward_s[s],
-                "backward": costs.backward_s[s] * (1 - weight_share * split),
+                "backward": costs.backward_s[s] * (1 - weight_share * split - late),
                 "weight": costs.backward_s[s] * weight_share,
             }[kind]
             after = [_message_name(kind, m, i) for m in into.get((kind, s), ())]
@@ -67,6 +69,8 @@ def tasks(
             if kind == "backward" and own[s][-1] > s:
                 after += [f"backward {t}.{i}" for t in own[s] if t > s]
             found.append(Task(f"{kind} {s}.{i}", name, seconds, tuple(after)))
+            if kind == "backward" and late:
+                found.append(Task(f"sum {s}.{i}", name, costs.backward_s[s] * late))
             for m in out.get((kind, s), ()):
                 ends = (m.source, m.target) if kind == "forward" else (m.target, m.source)
                 link = " → ".join(_device(fleet, plan.devices[t]) for t in ends)

@@ -37,9 +37,10 @@ KINDS = ("forward", "backward", "update")
 
 
 def trial_plans(n_nodes: int, devices: int, micro_batches: int) -> tuple[Plan, ...]:
-    """Cut a graph evenly over all devices: dense, with top-k on every link, and so the other way.
+    """Plan trials over all devices: even parts, dense and with top-k, and uneven parts with top-k.
 
-    The last plan has the devices in reverse, so that a slow device is told from a heavy stage.
+    The last one has the devices in reverse, so that a slow device is told from a heavy stage, and
+    parts of 3/2 and 1/2 in turns, since a part of one block does not take a third of one of three.
 
     Args:
       n_nodes: of the graph, at least one for each device.
@@ -47,15 +48,25 @@ def trial_plans(n_nodes: int, devices: int, micro_batches: int) -> tuple[Plan, .
       micro_batches: in a step.
 
     >>> [plan.boundaries for plan in trial_plans(10, 4, 2)]
-    [(2, 5, 8), (2, 5, 8), (2, 5, 8)]
+    [(2, 5, 8), (2, 5, 8), (4, 5, 9)]
     """
-    cuts = tuple(round(n_nodes * i / devices) for i in range(1, devices))
+    even = [i / devices for i in range(1, devices)]
+    uneven = [(i + i % 2 / 2) / devices for i in range(1, devices)]
+    cuts, others = (
+        tuple(
+            min(max(round(n_nodes * share), i), n_nodes - devices + i)
+            for i, share in enumerate(shares, start=1)
+        )
+        for shares in (even, uneven)
+    )
     row, links = tuple(range(devices)), devices - 1
     dense = Plan(n_nodes, cuts, row, micro_batches=micro_batches)
     few = (FEW,) * links
     topk = Plan(n_nodes, cuts, row, micro_batches=micro_batches, codec="topk",
                 ratios_forward=few, ratios_backward=few)  # fmt: skip
-    return (dense, topk, replace(topk, devices=row[::-1])) if links else (dense,)
+    if not links:
+        return (dense,)
+    return dense, topk, replace(topk, boundaries=others, devices=row[::-1])
 
 
 class Trials:
@@ -63,7 +74,7 @@ class Trials:
 
     Args:
       setup: the model.
-      plans: over all devices, cut alike.
+      plans: over all devices.
       transport: joins them; process i is device i.
       granularity: of the graph's nodes.
       optimizer: of the run; updates are not timed without.
@@ -83,13 +94,14 @@ class Trials:
         throttle: Throttle,
     ) -> None:
         shapes, specs = setup.shapes(), setup.micro_batch(plans[0].micro_batches)
-        staged = cut_at(setup.loss_fn, shapes, specs, plans[0].boundaries, granularity=granularity)
+        cuts = {plan.boundaries for plan in plans}
+        staged = {c: cut_at(setup.loss_fn, shapes, specs, c, granularity=granularity) for c in cuts}
         update = optax.sgd(0.0) if optimizer is None else optimizer
-        self._workers = [
-            Worker(staged, plan, Renumbered(transport, plan.devices), update, shapes,
-                   throttle=throttle)
-            for plan in plans
-        ]  # fmt: skip
+        self._workers = []
+        for plan in plans:
+            end = Renumbered(transport, plan.devices)
+            own = staged[plan.boundaries]
+            self._workers.append(Worker(own, plan, end, update, shapes, throttle=throttle))
         self._states = []
         for i, worker in enumerate(self._workers):
             params = _own_params(setup, frozenset(worker.paths.values()))
@@ -109,13 +121,17 @@ class Trials:
             self._step(i)
             infos.append(self._step(i))
 
-    def seconds(self) -> Float[np.ndarray, "K 4"]:
-        """Give the median seconds of a forward, a backward and an update, and the busy share."""
+    def seconds(self) -> Float[np.ndarray, "K 5"]:
+        """Give the median seconds of a forward, a backward and an update, busy and late share."""
         found = [
-            (*span_seconds(infos), np.median([info.busy_s / info.step_s for info in infos]))
+            (
+                *span_seconds(infos),
+                np.median([info.busy_s / info.step_s for info in infos]),
+                np.median([info.late_share for info in infos]),
+            )
             for infos in self._infos
         ]
-        return np.array(found) * [1.0, 1.0, float(self._updates), 1.0]
+        return np.array(found) * [1.0, 1.0, float(self._updates), 1.0, 1.0]
 
 
 def _own_params(setup: Setup, own: frozenset[str]) -> dict[str, Array]:
@@ -163,7 +179,7 @@ def fit_trials(
     fleet: Fleet,
     overheads: Overheads,
     plans: Sequence[Plan],
-    measured: Float[np.ndarray, "P K 4"],
+    measured: Float[np.ndarray, "P K 5"],
 ) -> Fitted:
     """Fit speeds, calls, codecs and messages to the seconds of trial steps.
 
@@ -188,7 +204,8 @@ def fit_trials(
     >>> from jaxsys.pipeline.fleets import even_fleet
     >>> from jaxsys.pipeline.work import chain_work
     >>> plans, fleet = trial_plans(4, 2, 2), even_fleet([3.0, 3.0])
-    >>> taken = np.array([[[1.5, 2.5, 0.0, 1.0]] * 3] * 2)  # nodes alone: 2/3 and 4/3
+    >>> even, one, three = ([f, b, 0.0, 1.0, 0.1] for f, b in ((1.5, 2.5), (1.0, 1.5), (2.0, 3.5)))
+    >>> taken = np.array([[even, even, one], [even, even, three]])
     >>> fitted = fit_trials(chain_work([1] * 4, [64] * 3), fleet, Overheads(3.0), plans, taken)
     >>> fitted.speed_flops_s.round(2).tolist(), round(fitted.overheads.forward_call_s, 2)
     ([2.0, 2.0], 0.5)
@@ -216,13 +233,15 @@ def fit_trials(
     slower = speeds[0] / speeds
     edges = np.array([0, *plans[0].boundaries, plans[0].n_nodes])
     n_bytes = stage_memory(work, edges[:-1], edges[1:], 0, Limits(copies=1.0))
+    # First stages send no cotangents.
+    late = float(np.median([share for share in measured[:, :, 4].flat if share > 0] or [0.0]))
     update = (measured[:, :, 2].mean(1) / slower).sum() / max(float(n_bytes.sum()), 1.0)
     return Fitted(
         speeds,
         Overheads(
             float(speeds[0]), call, call, overheads.encode_s_per_byte * codec,
             overheads.encode_s_per_kept * codec, overheads.decode_s_per_byte * codec,
-            float(update), host,
+            float(update), host, late,
         ),
         worst,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from jaxsys.core.split import SplitBackward, split_backward
 from jaxsys.core.stages import StagedLoss
 from jaxsys.core.timeline import Span
 from jaxsys.pipeline import codec, messages
+from jaxsys.pipeline.clock import Clock
 from jaxsys.pipeline.messages import BACKWARD, FORWARD, LOSS, MEAN, SHARED, Route
 from jaxsys.pipeline.plan import Plan
 
@@ -51,6 +52,8 @@ class StepInfo(NamedTuple):
         wait_s: seconds of them waiting for messages.
         sent_bytes: receiving rank to bytes handed to the transport, headers included.
         spans: what ran when, in seconds since the start; streams are ``stage 2`` and so on.
+        late_share: of a backward that came after its message had left, the median; 0 where a
+            message waits for its values by itself, without a throttle.
 
     >>> StepInfo(0.5, 1.0, 0.6, 0.4, {1: 80}, ()).wait_s
     0.4
@@ -62,6 +65,7 @@ class StepInfo(NamedTuple):
     wait_s: float
     sent_bytes: dict[int, int]
     spans: tuple[Span, ...]
+    late_share: float = 0.0
 
 
 class Part(NamedTuple):
@@ -103,30 +107,6 @@ class Part(NamedTuple):
     throttle: Throttle
 
 
-class _Clock:
-    """Times of one step, each from the end of the one before."""
-
-    def __init__(self, throttle: Throttle) -> None:
-        self.throttle = throttle
-        throttle.begin()
-        self.began = self.last = time.perf_counter()
-        self.busy_s = self.wait_s = 0.0
-        self.spans: list[Span] = []
-
-    def worked(self, name: str, stage: int) -> None:
-        now = time.perf_counter()
-        self.spans.append(Span(name, f"stage {stage}", self.last - self.began, now - self.began))
-        self.busy_s += now - self.last
-        self.last = now
-        self.throttle.begin()
-
-    def waited(self) -> None:
-        now = time.perf_counter()
-        self.wait_s += now - self.last
-        self.last = now
-        self.throttle.begin()
-
-
 class Turn:
     """One step of one worker; its methods give generators that pause before they wait.
 
@@ -149,7 +129,7 @@ class Turn:
         self.leaves = {j: state.params[path] for j, path in part.paths.items()}
         self.residuals, self.number = dict(state.residuals), state.step
         self.batches = batches
-        self.clock = _Clock(part.throttle)
+        self.clock = Clock(part.throttle)
         self.before = dict(part.transport.sent_bytes)
         self.local: dict[Key, list[Any]] = {}  # between stages of this worker
         self.pullbacks: dict[tuple[int, int], Any] = {}
@@ -207,6 +187,7 @@ class Turn:
         if self.part.throttle.share < 1:
             jax.block_until_ready(arrays)
             self.part.throttle.pay()
+            self.clock.sent = time.perf_counter()
         self.part.transport.send(to, key, arrays)
 
     def done(self, name: str, s: int, arrays: Any) -> None:
@@ -402,7 +383,9 @@ class Turn:
         after, clock = self.part.transport.sent_bytes, self.clock
         sent = {peer: n - self.before[peer] for peer, n in after.items() if n > self.before[peer]}
         step_s = time.perf_counter() - clock.began
-        return StepInfo(loss, step_s, clock.busy_s, clock.wait_s, sent, tuple(clock.spans))
+        late = float(np.median(clock.late)) if clock.late else 0.0
+        spans = tuple(clock.spans)
+        return StepInfo(loss, step_s, clock.busy_s, clock.wait_s, sent, spans, late)
 
 
 @jax.jit

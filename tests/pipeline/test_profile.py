@@ -81,7 +81,7 @@ def test_speeds_and_node_times_that_flops_explain_are_found_exactly():
     found = assemble(_graph(flops), np.array(rows), np.zeros((3, 3)), np.ones((3, 3)))
     np.testing.assert_allclose(found.fleet.speed_flops_s, speeds)
     np.testing.assert_allclose(found.node_s, np.stack([flops, 2 * flops], axis=1) / 1e9)
-    assert found.overheads == pytest.approx([1e9, 0, 0, 1e-9, 2e-9, 3e-9, 0, 0])
+    assert found.overheads == pytest.approx([1e9, 0, 0, 1e-9, 2e-9, 3e-9, 0, 0, 0])
     assert "r² 1.000" in found.notes[0]
     work = found.work(_graph(flops))
     np.testing.assert_allclose(np.diff(work.total), 3 * flops)
@@ -113,16 +113,16 @@ def test_what_workers_take_beside_their_programs_is_found_from_trial_steps():
     profile = Profile(alone, ((1e-3, 2e-3),) * 9, 1e9, Overheads(1e9, 0, 0, 1e-8, 1e-7, 1e-9), ())
     plans = trial_plans(9, 3, 4)
     truth = at_speeds(alone, np.array([8e8, 3e8, 5e8]))
-    beside = Overheads(8e8, 2e-4, 2e-4, 1e-8, 1e-7, 1e-9, 1e-6, 3e-9)
+    beside = Overheads(8e8, 2e-4, 2e-4, 1e-8, 1e-7, 1e-9, 1e-6, 3e-9, 0.05)
     work = profile.work(graph)
     costs = [costs_of(work, truth, plan, overheads=beside) for plan in plans]
-    measured = np.zeros((3, len(plans), 4))
+    measured = np.zeros((3, len(plans), 5))
     for k, (plan, c, share) in enumerate(zip(plans, costs, (0.1, 0.6, 0.6), strict=True)):
-        by_stage = np.array([c.forward_s, c.backward_s, c.update_s, (share,) * 3]).T
+        by_stage = np.array([c.forward_s, c.backward_s, c.update_s, (share,) * 3, (0.05,) * 3]).T
         measured[list(plan.devices), k] = by_stage
     found = tried(profile, graph, plans, measured)
     np.testing.assert_allclose(found.fleet.speed_flops_s, truth.speed_flops_s, rtol=1e-2)
-    np.testing.assert_allclose(found.overheads, beside, rtol=1e-2)
+    np.testing.assert_allclose(found.overheads, beside, rtol=2e-2)
     for plan, cost in zip(plans, costs, strict=True):
         again = found.costs(graph, plan)
         np.testing.assert_allclose(again.forward_s, cost.forward_s, rtol=1e-2)
@@ -135,8 +135,12 @@ def test_trials_that_disagree_count_by_how_busy_they_were():
         ((1e-3, 2e-3),) * 4, 1e9, Overheads(1e9), (),
     )  # fmt: skip
     plans = trial_plans(4, 2, 2)
-    idle, busy = [2.4e-3, 4.8e-3, 0.0, 0.1], [2e-3, 4e-3, 0.0, 0.9]
-    found = tried(profile, graph, plans, np.array([[idle, busy, busy]] * 2))
+    # By device: two nodes each, mostly idle and at work; then one on the first, three on the other.
+    measured = [
+        [[2.4e-3, 4.8e-3, 0, 0.1, 0], [2e-3, 4e-3, 0, 0.9, 0], [1e-3, 2e-3, 0, 0.9, 0]],
+        [[2.4e-3, 4.8e-3, 0, 0.1, 0], [2e-3, 4e-3, 0, 0.9, 0], [3e-3, 6e-3, 0, 0.9, 0]],
+    ]
+    found = tried(profile, graph, plans, np.array(measured))
     forward = found.costs(graph, plans[1]).forward_s
     np.testing.assert_allclose(forward, 2e-3, rtol=0.02)
 
@@ -145,7 +149,7 @@ def test_a_profile_is_read_back():
     fleet = Fleet(
         (Device("w0", 1e9, 1e9), Device("w1", 2e9, 1e9)), np.zeros((2, 2)), np.ones((2, 2))
     )
-    profile = Profile(fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, Overheads(1e9, *[1e-9] * 7), ("kept",))
+    profile = Profile(fleet, ((0.1, 0.2), (0.3, 0.4)), 1e9, Overheads(1e9, *[1e-9] * 8), ("kept",))
     assert Profile.from_json(profile.to_json()) == profile
 
 
