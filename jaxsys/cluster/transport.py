@@ -52,7 +52,11 @@ class Transport(Protocol):
 
     rank: int
     size: int
-    sent_bytes: dict[int, int]
+
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        """Receiver to bytes sent so far, headers of messages included."""
+        ...
 
     def send(self, to: int, key: Key, arrays: Sequence[Any]) -> None:
         """Hand over a message; returns at once.

@@ -329,7 +329,7 @@ def train_joined(request: Request, tell: Tell) -> dict[str, Any] | None:
             tell(event)
 
         job = _job(request, plan)
-        own: Any = Renumbered(transport, job.ranks)
+        own = Renumbered(transport, job.ranks)
         run(job, dataclasses.replace(member, process_id=own.rank), own, follow)
         transport.close()
     except PeerLost as lost:
