@@ -2,10 +2,11 @@
 
 Rows are matched by kind and flags. For every timed figure that both have, the ratio B / A of the
 medians is given with a 95 % interval. The test: on the logarithms of the medians, whose errors are
-taken from the widths of the two 95 % intervals; Student's t with the smaller number of runs less
-one as degrees of freedom, two-sided; Holm's correction over all figures tested, at 5 %. A figure of
-fewer than three runs, or without an interval, is compared and not tested. The test knows nothing of
-what changed between the two runs besides the program: compare runs of one machine in one state.
+taken from the widths of the two 95 % intervals; Student's t, two-sided, with as many degrees of
+freedom as the smaller number of runs has blocks (`core.measure.block_of`), less one; Holm's
+correction over all figures tested, at 5 %. A figure of fewer than three runs, or without an
+interval, is compared and not tested. The test knows nothing of what changed between the two runs
+besides the program: compare runs of one machine in one state.
 
 Reference: Holm, "A simple sequentially rejective multiple test procedure" (1979).
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsys.bench.records import OWN_FIELDS, label
+from jaxsys.core.measure import block_of
 
 LEVEL = 0.05
 LEAST_RUNS = 3
@@ -180,8 +182,9 @@ def _test(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, float,
     if runs < LEAST_RUNS or error <= 0:
         return None
     log = math.log(b["median_s"] / a["median_s"])
-    margin = float(t.ppf(0.975, runs - 1)) * error
-    p = 2 * float(t.sf(abs(log) / error, runs - 1))
+    freedom = max(1.0, runs / block_of(int(runs)) - 1)
+    margin = float(t.ppf(0.975, freedom)) * error
+    p = 2 * float(t.sf(abs(log) / error, freedom))
     return math.exp(log - margin), math.exp(log + margin), p
 
 

@@ -152,6 +152,18 @@ def bootstrap_ci(
     return float(low), float(high)
 
 
+def block_of(runs: int) -> int:
+    """Say how many neighbouring runs the interval of a `Timing` draws together: √N.
+
+    Args:
+      runs: N.
+
+    >>> block_of(1), block_of(10), block_of(40)
+    (1, 3, 6)
+    """
+    return max(1, round(runs**0.5))
+
+
 def timing(name: str, seconds: Sequence[float]) -> Timing:
     """Summarise the times of one function.
 
@@ -165,8 +177,7 @@ def timing(name: str, seconds: Sequence[float]) -> Timing:
     >>> timing("step", [2.0, 1.0, 3.0]).median_s
     2.0
     """
-    block = round(len(seconds) ** 0.5) or 1
-    interval = bootstrap_ci(seconds, block=block)
+    interval = bootstrap_ci(seconds, block=block_of(len(seconds)))
     return Timing(name, tuple(seconds), float(np.median(seconds)), interval)
 
 

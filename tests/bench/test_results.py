@@ -152,7 +152,7 @@ def test_p_is_that_of_students_t_with_holms_factors():
     b = [_row(1.0 + 0.03 * i, batch=i) for i in range(3)]
     changes = compare.compare(a, b).changes
     error = np.sqrt(2) * np.log(1.02 / 0.98) / (2 * 1.959964)
-    raw = [2 * t.sf(np.log(1 + 0.03 * i) / error, 19) for i in range(3)]
+    raw = [2 * t.sf(np.log(1 + 0.03 * i) / error, 4) for i in range(3)]  # 20 runs, 5 blocks
     # smallest p times 3, next times 2, largest as it is
     wanted = [max(raw[0], 2 * raw[1], 3 * raw[2]), max(2 * raw[1], 3 * raw[2]), 3 * raw[2]]
     assert [c.p for c in changes] == pytest.approx(np.minimum(wanted, 1))
@@ -168,7 +168,7 @@ def test_no_difference_is_found_where_there_is_none():
             figures = [records.figure_of(_timing(list(row))) for row in seconds]
             pair.append([{**_row(batch=i), "step": f} for i, f in enumerate(figures)])
         wrong += any(c.significant for c in compare.compare(*pair).changes)
-    assert wrong <= 8  # 3 expected
+    assert wrong <= 3  # of independent runs 3 or fewer are expected
 
 
 def _timing(seconds):
