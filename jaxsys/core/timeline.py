@@ -1,6 +1,6 @@
 """Tasks on serial streams: when each runs, what the whole takes, and a Gantt figure of it."""
 
-from collections import deque
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -177,8 +177,9 @@ def simulate(tasks: Iterable[Task]) -> Timeline:
 def simulate_shared(tasks: Iterable[Task], shares: Mapping[str, str]) -> Timeline:
     """Run tasks on streams of which some share a resource in turns, as messages share a queue.
 
-    Of the tasks whose predecessors have ended the one that has waited longest goes first, and none
-    is interrupted. Each stream still runs its own tasks one after the other, in their order.
+    Of the tasks whose predecessors have ended the one that has waited longest goes first (of
+    several the one listed first), and none is interrupted. Each stream still runs its own tasks one
+    after the other, in their order.
 
     Args:
         tasks: as for `simulate`.
@@ -196,35 +197,61 @@ def simulate_shared(tasks: Iterable[Task], shares: Mapping[str, str]) -> Timelin
     """
     tasks = tuple(tasks)
     simulate(tasks)  # for its checks
-    waiting: dict[str, deque[Task]] = {}
-    for task in tasks:
-        waiting.setdefault(task.stream, deque()).append(task)
-    spans: dict[str, Span] = {}
-    waited_for: dict[str, str | None] = {}
-    last_on: dict[str, str] = {}  # resource to the task that it ran before
-    while waiting:
-        first: tuple[float, float, str] | None = None  # start, ready, stream
-        for stream, queue in waiting.items():
-            if all(name in spans for name in queue[0].after):
-                ends = [spans[name].end_s for name in queue[0].after]
-                ready_s = max([float(queue[0].release_s), *ends])
-                last = last_on.get(shares.get(stream, stream))
-                found = max(ready_s, spans[last].end_s if last else 0.0), ready_s, stream
-                if first is None or found[:2] < first[:2]:
-                    first = found
-        assert first is not None  # `simulate` has found an order
-        start_s, _, stream = first
-        task, resource = waiting[stream].popleft(), shares.get(stream, stream)
-        before = (*task.after, *([last_on[resource]] if resource in last_on else []))
-        ends = [name for name in before if spans[name].end_s == start_s > task.release_s]
-        waited_for[task.name] = ends[0] if ends else None
-        spans[task.name] = Span(task.name, stream, start_s, start_s + float(task.duration_s))
-        last_on[resource] = task.name
-        if not waiting[stream]:
-            del waiting[stream]
-    return Timeline(
-        tuple(spans[task.name] for task in tasks), tuple(waited_for[task.name] for task in tasks)
-    )
+    number = {task.name: i for i, task in enumerate(tasks)}
+    followers: list[list[int]] = [[] for _ in tasks]
+    behind: dict[int, int] = {}  # task to the next of its stream
+    missing = [len(task.after) for task in tasks]
+    ready_s = [float(task.release_s) for task in tasks]
+    last_of: dict[str, int] = {}
+    for i, task in enumerate(tasks):
+        for name in task.after:
+            followers[number[name]].append(i)
+        if task.stream in last_of:
+            behind[last_of[task.stream]] = i
+            missing[i] += 1
+        last_of[task.stream] = i
+    spans: dict[int, Span] = {}
+    waited_for: dict[int, str | None] = {}
+    queues: dict[str, list[tuple[float, int]]] = {}  # of each resource: ready since, task
+    ran: dict[str, int] = {}  # resource to the task that it runs or ran last
+    # What happens next: time, whether a task arrives in its queue (or ends), task.
+    events = [(ready_s[i], True, i) for i, count in enumerate(missing) if count == 0]
+    heapq.heapify(events)
+
+    def one_less(i: int, now_s: float) -> None:
+        missing[i] -= 1
+        if missing[i] == 0:
+            heapq.heappush(events, (max(ready_s[i], now_s), True, i))
+
+    while events:
+        now_s = events[0][0]
+        touched: dict[str, None] = {}
+        while events and events[0][0] == now_s:
+            _, arrives, i = heapq.heappop(events)
+            resource = shares.get(tasks[i].stream, tasks[i].stream)
+            touched[resource] = None
+            if arrives:
+                heapq.heappush(queues.setdefault(resource, []), (ready_s[i], i))
+                continue
+            for follower in followers[i]:
+                ready_s[follower] = max(ready_s[follower], now_s)
+                one_less(follower, now_s)
+        for resource in touched:
+            before = ran.get(resource)
+            if not queues.get(resource) or (before is not None and spans[before].end_s > now_s):
+                continue
+            _, i = heapq.heappop(queues[resource])
+            task = tasks[i]
+            causes = [*(number[name] for name in task.after), *([] if before is None else [before])]
+            ends = [tasks[c].name for c in causes if spans[c].end_s == now_s > task.release_s]
+            waited_for[i] = ends[0] if ends else None
+            spans[i] = Span(task.name, task.stream, now_s, now_s + float(task.duration_s))
+            ran[resource] = i
+            heapq.heappush(events, (spans[i].end_s, False, i))
+            if i in behind:
+                one_less(behind[i], now_s)
+    count = range(len(tasks))
+    return Timeline(tuple(spans[i] for i in count), tuple(waited_for[i] for i in count))
 
 
 def _check_tasks(tasks: Sequence[Task]) -> dict[str, Task]:
