@@ -42,7 +42,8 @@ class HotExperts:
         parts = [part for part in plan.parts if part.kind == "expert"]
         layers = sorted({part.layer for part in parts})
         self._number = {layer: n for n, layer in enumerate(layers)}
-        resident = np.zeros((len(layers), 1 + max(part.expert for part in parts)), bool)
+        most = max((part.expert for part in parts), default=0)
+        resident = np.zeros((len(layers), 1 + most), bool)
         for part, here in zip(plan.parts, plan.resident, strict=True):
             if part.kind == "expert" and here == part.columns:
                 resident[self._number[part.layer], part.expert] = True
