@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 _MOST = jnp.iinfo(jnp.int32).max
 _LEAST = jnp.iinfo(jnp.int32).min
@@ -56,3 +56,17 @@ def kth_smallest(count_below: Callable[[Array], Any], count: Int32[Array, "..."]
         return jnp.where(count_below(higher) < count, higher, edge)
 
     return jax.lax.fori_loop(0, 32, settle, jnp.full_like(count, _LEAST))
+
+
+def count_true(flags: Bool[Array, "R N"]) -> Int32[Array, "R 1"]:
+    """Count in every row.
+
+    >>> count_true(jnp.array([[True, False, True]])).tolist()
+    [[2]]
+    """
+    if jax.default_backend() == "cpu" and flags.shape[1] < 2**24:  # whole numbers of float32
+        # A product with ones takes two thirds of the time of the sum of integers there.
+        ones = jnp.ones((flags.shape[1], 1), jnp.float32)
+        counts = jnp.dot(flags.astype(jnp.float32), ones, precision=jax.lax.Precision.HIGHEST)
+        return counts.astype(jnp.int32)
+    return jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.order import kth_smallest, ordered_keys
+from jaxsys.core.order import count_true, kth_smallest, ordered_keys
 
 Mask = Bool[Array, "O I"]
 
@@ -239,9 +239,9 @@ def smallest_removed(
     """
     keys = ordered_keys(scores)
     count = jnp.broadcast_to(count, (keys.shape[0], 1)).astype(jnp.int32)
-    edge = kth_smallest(lambda at: jnp.sum(keys < at, axis=1, keepdims=True), count)
+    edge = kth_smallest(lambda at: count_true(keys < at), count)
     below = keys < edge
-    wanted = count - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
+    wanted = count - count_true(below)
     return ~(below | _first(keys == edge, wanted))
 
 
@@ -250,24 +250,25 @@ def _first(ties: Bool[Array, "R N"], wanted: Int32[Array, "R 1"]) -> Bool[Array,
 
     def by_index(ties: Array) -> Array:
         index = jnp.arange(ties.shape[1], dtype=jnp.int32)[None]
-        last = kth_smallest(lambda at: jnp.sum(ties & (index < at), axis=1, keepdims=True), wanted)
+        last = kth_smallest(lambda at: count_true(ties & (index < at)), wanted)
         return ties & (index <= last)
 
-    found = jnp.sum(ties, axis=1, keepdims=True, dtype=jnp.int32)
+    found = count_true(ties)
     simple = jnp.all((wanted == found) | (wanted == 0))
     return jax.lax.cond(simple, lambda ties: ties & (wanted > 0), by_index, ties)
 
 
 @jax.jit
 def _global(scores: tuple[Array, ...], count: Array) -> tuple[Array, ...]:
-    keys = [ordered_keys(leaf).reshape(-1) for leaf in scores]
-    edge = kth_smallest(lambda at: sum(jnp.sum(k < at) for k in keys), count)
-    left = count - sum(jnp.sum(k < edge, dtype=jnp.int32) for k in keys)
+    keys = [ordered_keys(leaf).reshape(1, -1) for leaf in scores]
+    count = count.reshape(1, 1)
+    edge = kth_smallest(lambda at: sum(count_true(k < at) for k in keys), count)
+    left = count - sum(count_true(k < edge) for k in keys)
     masks = []
     for leaf, k in zip(scores, keys, strict=True):
-        ties = (k == edge)[None]
-        here = jnp.minimum(left, jnp.sum(ties, dtype=jnp.int32))
-        drop = (k < edge) | _first(ties, here.reshape(1, 1))[0]
+        ties = k == edge
+        here = jnp.minimum(left, count_true(ties))
+        drop = (k < edge) | _first(ties, here)
         left = left - here
         masks.append(~drop.reshape(leaf.shape))
     return tuple(masks)

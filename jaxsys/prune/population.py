@@ -110,8 +110,9 @@ class Evaluated(NamedTuple):
     Attributes:
       fitness: mean loss of the pruned model; infinite where scores or loss are not finite.
       fingerprints: hashes of all masks together.
-      errors: mean over layers of the share of Σ W² X, the output's energy, that is removed.
       fresh: whether the loss was computed, and not looked up.
+      errors: mean over layers of the share of Σ W² X, the output's energy, that is removed; None
+        where all are promoted.
 
     >>> Evaluated._fields[0]
     'fitness'
@@ -119,8 +120,8 @@ class Evaluated(NamedTuple):
 
     fitness: Float[Array, "P"]
     fingerprints: UInt32[Array, "P 2"]
-    errors: Float[Array, "P"]
     fresh: Bool[Array, "P"]
+    errors: Float[Array, "P"] | None = None
 
 
 def stack_layers(params: Any, stats: Mapping[str, Stats], scoring: Scoring) -> Layers:
@@ -205,7 +206,6 @@ class _Pruned(NamedTuple):
     weights: tuple[Any, ...]  # one stack for each group
     fingerprint: Any
     finite: Any
-    error: Any
 
 
 def _prune(program: Any, layers: Layers, scoring: Scoring) -> _Pruned:
@@ -216,26 +216,31 @@ def _prune(program: Any, layers: Layers, scoring: Scoring) -> _Pruned:
         wide = weight.astype(jnp.float32)
         scores = run(scoring.grammar, program, terminals(wide, stats, scoring.grammar.terminals))
         mask = mask_of(scores, scoring.pattern, "row")
-        energy = jnp.square(wide) * (1.0 if stats.X is None else stats.X[None])
-        removed = jnp.sum(jnp.where(mask, 0.0, energy)) / jnp.maximum(jnp.sum(energy), 1e-30)
         kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
-        return kept, mask_fingerprint(mask, salt), jnp.isfinite(scores).all(), removed
+        return kept, mask_fingerprint(mask, salt), jnp.isfinite(scores).all()
 
-    weights, prints, finite, errors, first = [], [], [], [], 0
+    weights, prints, finite, first = [], [], [], 0
     for weight, stats in layers.groups:
         salts = first + jnp.arange(weight.shape[0])
         first += weight.shape[0]
-        kept, fingerprint, fine, error = jax.lax.map(one, (weight, stats, salts))
+        kept, fingerprint, fine = jax.lax.map(one, (weight, stats, salts))
         weights.append(kept)
         prints.append(jnp.sum(fingerprint, 0, dtype=jnp.uint32))
         finite.append(fine.all())
-        errors.append(jnp.sum(error))
-    return _Pruned(
-        tuple(weights),
-        sum(prints[1:], prints[0]),
-        jnp.stack(finite).all(),
-        sum(errors[1:], errors[0]) / first,
-    )
+    return _Pruned(tuple(weights), sum(prints[1:], prints[0]), jnp.stack(finite).all())
+
+
+def _layer_error(weights: tuple[Any, ...], layers: Layers) -> Any:
+    """Average over layers the share of Σ W² X that is removed."""
+
+    def energy(stack: Any, stats: Stats) -> Any:
+        return jnp.einsum("noi,ni->n", jnp.square(stack.astype(jnp.float32)), stats.X)
+
+    shares = [
+        energy(stack - kept, stats) / jnp.maximum(energy(stack, stats), 1e-30)
+        for kept, (stack, stats) in zip(weights, layers.groups, strict=True)
+    ]
+    return jnp.mean(jnp.concatenate(shares))
 
 
 def _loss(weights: tuple[Any, ...], layers: Layers, params: Any, tokens: Any, scoring: Scoring):
@@ -249,42 +254,33 @@ def _loss(weights: tuple[Any, ...], layers: Layers, params: Any, tokens: Any, sc
 
 
 def _share(
-    individuals: Any, layers: Layers, params: Any, tokens: Any, known: Known, scoring: Scoring
+    programs: Any, layers: Layers, params: Any, tokens: Any, known: Known, scoring: Scoring
 ) -> Evaluated:
     """Evaluate one device's individuals in turn; a mask met before is not run again."""
-    programs, promoted = individuals
     n = programs.shape[0]
 
     def one(seen: Known, item: Any) -> Any:
-        i, program, wanted = item
-
-        def look(_: Any) -> Any:
-            pruned = _prune(program, layers, scoring)
-            # What is infinite lends itself to nobody: it may stand for scores that were not finite.
-            table = Known(*(jnp.concatenate(pair) for pair in zip(known, seen, strict=True)))
-            same = jnp.all(table.fingerprints == pruned.fingerprint[None], 1)
-            value = jnp.min(jnp.where(same, table.fitness, jnp.inf))
-            found = jnp.isfinite(value)
-            fresh = ~found & pruned.finite
-            fitness = jax.lax.cond(
-                fresh,
-                lambda: _loss(pruned.weights, layers, params, tokens, scoring),
-                lambda: jnp.where(pruned.finite, value, jnp.inf),
-            )
-            fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.inf)
-            return fitness, pruned.fingerprint, pruned.error, fresh
-
-        def leave(_: Any) -> Any:
-            zero = jnp.zeros((), jnp.float32)
-            return zero + jnp.inf, jnp.zeros(2, jnp.uint32), zero, jnp.zeros((), bool)
-
-        found = jax.lax.cond(wanted, look, leave, None)
-        seen = Known(seen.fingerprints.at[i].set(found[1]), seen.fitness.at[i].set(found[0]))
+        i, program = item
+        pruned = _prune(program, layers, scoring)
+        # What is infinite lends itself to nobody: it may stand for scores that were not finite.
+        table = Known(*(jnp.concatenate(pair) for pair in zip(known, seen, strict=True)))
+        same = jnp.all(table.fingerprints == pruned.fingerprint[None], 1)
+        value = jnp.min(jnp.where(same, table.fitness, jnp.inf))
+        fresh = ~jnp.isfinite(value) & pruned.finite
+        fitness = jax.lax.cond(
+            fresh,
+            lambda: _loss(pruned.weights, layers, params, tokens, scoring),
+            lambda: jnp.where(pruned.finite, value, jnp.inf),
+        )
+        fitness = jnp.where(jnp.isfinite(fitness), fitness, jnp.inf)
+        found = Evaluated(fitness, pruned.fingerprint, fresh)
+        seen = Known(
+            seen.fingerprints.at[i].set(pruned.fingerprint), seen.fitness.at[i].set(fitness)
+        )
         return seen, found
 
     start = Known(jnp.zeros((n, 2), jnp.uint32), jnp.full(n, jnp.inf, jnp.float32))
-    _, found = jax.lax.scan(one, start, (jnp.arange(n), programs, promoted))
-    return Evaluated(*found)
+    return jax.lax.scan(one, start, (jnp.arange(n), programs))[1]
 
 
 @partial(jax.jit, static_argnames=("scoring", "mesh"))
@@ -324,26 +320,24 @@ def evaluate(
     >>> found.fitness.tolist(), found.fresh.tolist()
     ([7.0, 7.0], [True, False])
     """
+    share = over_individuals(partial(_share, scoring=scoring), mesh)
+    if scoring.promote == 1:
+        return share(programs, layers, params, tokens, known)
+
+    def layer_errors(programs: Any, layers: Layers) -> Any:
+        def one(program: Any) -> Any:
+            pruned = _prune(program, layers, scoring)
+            return jnp.where(pruned.finite, _layer_error(pruned.weights, layers), jnp.inf)
+
+        return jax.lax.map(one, programs)
+
+    errors = over_individuals(layer_errors, mesh)(programs, layers)
     n = programs.shape[0]
-    promoted, errors = jnp.ones(n, bool), None
-    if scoring.promote < 1:
-
-        def layer_errors(programs: Any, layers: Layers) -> Any:
-            def one(program: Any) -> Any:
-                pruned = _prune(program, layers, scoring)
-                return jnp.where(pruned.finite, pruned.error, jnp.inf)
-
-            return jax.lax.map(one, programs)
-
-        errors = over_individuals(layer_errors, mesh)(programs, layers)
-        chosen = jnp.argsort(errors)[: math.ceil(scoring.promote * n)]
-        promoted = jnp.zeros(n, bool).at[chosen].set(True)
-    share = partial(_share, scoring=scoring)
-    found = over_individuals(share, mesh)((programs, promoted), layers, params, tokens, known)
-    if errors is None:
-        return found
-    left_out = NOT_PROMOTED + errors
-    return found._replace(fitness=jnp.where(promoted, found.fitness, left_out), errors=errors)
+    promoted = jnp.sort(jnp.argsort(errors)[: math.ceil(scoring.promote * n)])
+    found = share(programs[promoted], layers, params, tokens, known)
+    others = Evaluated(NOT_PROMOTED + errors, jnp.zeros((n, 2), jnp.uint32), jnp.zeros(n, bool))
+    placed = jax.tree.map(lambda all_, own: all_.at[promoted].set(own), others, found)
+    return placed._replace(errors=errors)
 
 
 def population_fitness(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.core.order import kth_smallest, ordered_keys, values_of
+from jaxsys.core.order import count_true, kth_smallest, ordered_keys, values_of
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,12 @@ def test_ranks_outside_give_the_ends_of_the_integers(values):
         for count in (0, values.size + 1)
     ]
     assert ends == [-(2**31), 2**31 - 1]
+
+
+@pytest.mark.parametrize("length", [1, 5, 172, 2**24 - 1, 2**24 + 1])
+def test_counts_of_rows_are_exact(length):
+    flags = np.random.default_rng(0).random((2, length)) < 0.5
+    flags[1] = True
+    found = count_true(jnp.asarray(flags))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(found)[:, 0], [flags[0].sum(), length])

@@ -29,17 +29,18 @@ class Place(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Say that attention is one operation of JAX's; causal, over whole sequences only.
+    """Say how attention is computed otherwise; causal, over whole sequences only.
 
     Attributes:
-        implementation: ``xla`` or ``cudnn`` (on NVIDIA GPUs, float16 or bfloat16 only).
+        implementation: one operation of JAX's, by ``xla`` or ``cudnn`` (on NVIDIA GPUs, float16 or
+            bfloat16 only), or ``blocks``: `attend` by blocks of queries, see `attend_blocks`.
         window: sliding window in tokens, 0 for none.
 
     >>> Fused("xla").window
     0
     """
 
-    implementation: Literal["xla", "cudnn"]
+    implementation: Literal["xla", "cudnn", "blocks"]
     window: int = 0
 
 
@@ -110,7 +111,7 @@ def attention(
         store: this layer's keys and values in the cache, [B, K, S, C] each, or None; one that is
             no pair (see `paged`) brings its own ``mix(q, k, v)``.
         probe: watches the points of the block.
-        fused: one operation instead of `attend`; without a cache or padding.
+        fused: instead of one `attend`; without a cache or padding.
 
     Returns:
         What is added to the residual stream, and the store after writing.
@@ -134,6 +135,8 @@ def attention(
             k = turn(config.rope, k, where.cos, where.sin)
     if hasattr(store, "mix"):
         mixed, store = store.mix(q, k, v)
+    elif fused is not None and fused.implementation == "blocks":
+        mixed = attend_blocks(q, k, v, where.keep, fused.window)
     elif fused is not None:
         mixed = attend_fused(q, k, v, fused)
     else:
@@ -217,6 +220,44 @@ def attend(
     with jax.named_scope("values"):
         mixed = jnp.einsum("bkrs,bksc->bkrc", weights.astype(q.dtype), values.astype(q.dtype))
         return mixed.reshape(b, k, group, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def attend_blocks(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    keep: Bool[Array, "B T T"],
+    window: int = 0,
+) -> Float[Array, "B T H C"]:
+    """Mix values as `attend` does, by at most 8 blocks of queries, each with the keys it may see.
+
+    That is little more than half of the scores (5 of 8 for 4 blocks), for more to compile. Blocks
+    have 32 queries at least.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        keep: as for `attend`, causal and within the window.
+        window: sliding window in tokens, 0 for none.
+
+    Returns:
+        As `attend` but for rounding.
+
+    >>> x, keep = jnp.ones((1, 33, 2, 4)), jnp.tril(jnp.ones((1, 33, 33), bool))
+    >>> attend_blocks(x, x, x, keep).shape
+    (1, 33, 2, 4)
+    """
+    n = q.shape[1]
+    size = max(32, -(-n // 8))
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    mixed = []
+    for begin in range(0, n, size):
+        end = min(begin + size, n)
+        seen = slice(max(begin - window + 1, 0) if window else 0, end)
+        rows = slice(begin, end)
+        mixed.append(attend(q[:, rows], keys[:, :, seen], values[:, :, seen], keep[:, rows, seen]))
+    return jnp.concatenate(mixed, axis=1)
 
 
 def attend_fused(

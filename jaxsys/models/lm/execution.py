@@ -37,7 +37,8 @@ class Execution:
     """Say how blocks are run; hashable, so static under jit.
 
     Attributes:
-        attention: ``plain``, or JAX's own operation by ``xla`` or ``cudnn`` (FlashAttention).
+        attention: ``plain``, by ``blocks`` of queries (fewer scores, more to compile), or JAX's own
+            operation by ``xla`` or ``cudnn`` (FlashAttention).
         recompute: what the backward pass finds: ``none``: everything was kept; ``full``: only what
             each block reads; ``dots``: also the products; ``weight_dots``: of these only the ones
             with weights, not scores and their product with values; ``host_dots``: those, in host
@@ -53,7 +54,7 @@ class Execution:
     'plain'
     """
 
-    attention: Literal["plain", "xla", "cudnn"] = "plain"
+    attention: Literal["plain", "blocks", "xla", "cudnn"] = "plain"
     recompute: Literal["none", "full", "dots", "weight_dots", "host_dots"] = "none"
     weights_at: NamedSharding | None = None
 
