@@ -21,7 +21,7 @@ from jaxsys.core.tree import flatten
 from jaxsys.prune.expression import terminals
 from jaxsys.prune.patterns import Pattern, mask_of
 from jaxsys.prune.stats import Stats
-from jaxsys.search.interpret import run
+from jaxsys.search.interpret import assemble, run
 from jaxsys.search.programs import Grammar
 from jaxsys.search.shard import over_individuals
 
@@ -214,11 +214,12 @@ def _prune(program: Any, layers: Layers, scoring: Scoring) -> _Pruned:
     def one(layer: Any) -> Any:
         weight, stats, salt = layer
         wide = weight.astype(jnp.float32)
-        scores = run(scoring.grammar, program, terminals(wide, stats, scoring.grammar.terminals))
+        scores = run(scoring.grammar, code, terminals(wide, stats, scoring.grammar.terminals))
         mask = mask_of(scores, scoring.pattern, "row")
         kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
         return kept, mask_fingerprint(mask, salt), jnp.isfinite(scores).all()
 
+    code = assemble(scoring.grammar, program)
     weights, prints, finite, first = [], [], [], 0
     for weight, stats in layers.groups:
         salts = first + jnp.arange(weight.shape[0])

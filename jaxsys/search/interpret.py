@@ -1,39 +1,105 @@
 """Run programs: one compiled interpreter for every expression of a grammar.
 
-Under `lax.map` over programs the switch stays a true branch (right for matrices on a CPU); under
-`vmap` it becomes a selection that computes every operator for every instruction (right for short
-columns, and for accelerators that idle otherwise). Mapping over *inputs* keeps the branch.
+A program is first turned into instructions with addresses, so that terminals are read where they
+lie and only operators take a step. Under `lax.map` over programs the switch between operators stays
+a true branch (right for matrices on a CPU); under `vmap` it becomes a selection that computes every
+operator for every instruction (right for short columns, and for accelerators that idle otherwise).
+Mapping over *inputs* keeps the branch.
+
+Axes: ``L`` length of a program, ``P`` population.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from jaxsys.core.errors import UserError
 from jaxsys.search.operators import Operator
 from jaxsys.search.programs import Grammar, Tree
 
 
+class Code(NamedTuple):
+    """Hold a program as instructions with addresses: the operators alone, in their order.
+
+    Addresses count the terminals, the constants, the entries of the stack, and one entry that
+    nobody reads.
+
+    Attributes:
+      operator: which operator of the grammar, [L].
+      left: address of the first operand, [L].
+      right: address of the last operand, [L].
+      target: address of the result, [L].
+      steps: how many instructions there are.
+      result: address of the program's value.
+
+    >>> Code._fields[-1]
+    'result'
+    """
+
+    operator: Int32[Array, "L"]
+    left: Int32[Array, "L"]
+    right: Int32[Array, "L"]
+    target: Int32[Array, "L"]
+    steps: Int32[Array, ""]
+    result: Int32[Array, ""]
+
+
+def assemble(grammar: Grammar, program: Int[Array | np.ndarray, "L"]) -> Code:
+    """Find where each instruction of a program reads and writes.
+
+    Args:
+      grammar: the symbols.
+      program: postfix opcodes; for one that is not valid addresses are unspecified.
+
+    >>> from jaxsys.search.programs import from_string
+    >>> g = Grammar(("W", "X"), length=4)
+    >>> code = assemble(g, from_string(g, "W*sqrt(X)"))
+    >>> [g.operators[i].name for i in code.operator[: code.steps]]
+    ['sqrt', 'mul']
+    >>> code.left.tolist()[:2], code.right.tolist()[:2], code.target.tolist()[:2]
+    ([1, 0], [1, 3], [3, 2])
+    """
+    program = jnp.asarray(program, jnp.int32)
+    leaves = len(grammar.terminals) + len(grammar.constants)
+    arity, taken = jnp.asarray(np.maximum(grammar.arities, 0))[program], program > 0
+    grows = jnp.where(taken, 1 - arity, 0)
+    place = jnp.cumsum(grows) - grows - arity  # entry of the stack that an instruction fills
+    is_operator = program > leaves
+    address = jnp.where(is_operator, leaves + place, program - 1)
+    index = jnp.arange(program.size)
+    # The left operand is what filled the same entry last, the right one what came just before.
+    fills = (place[:, None] == place[None]) & (index[:, None] > index[None])
+    left = address[jnp.max(jnp.where(fills, index[None], 0), axis=1)]
+    right = address[jnp.maximum(index - 1, 0)]
+    order = jnp.argsort(~is_operator, stable=True)
+    return Code(
+        (program - leaves - 1)[order],
+        left[order],
+        right[order],
+        jnp.where(is_operator, address, leaves + grammar.height)[order],
+        jnp.sum(is_operator, dtype=jnp.int32),
+        address[jnp.sum(taken) - 1],
+    )
+
+
 def run(
     grammar: Grammar,
-    program: Int[Array | np.ndarray, "L"],
+    program: Int[Array | np.ndarray, "L"] | Code,
     inputs: Mapping[str, Float[Array | np.ndarray, "..."]],
-    *,
-    steps: Int[Array, ""] | None = None,
 ) -> Float[Array, "..."]:
     """Run one program.
 
     Args:
       grammar: the symbols.
-      program: postfix opcodes; one that is not valid gives an unspecified array, never an error.
+      program: postfix opcodes, or what `assemble` makes of them; one that is not valid gives an
+        unspecified array, never an error. Under `vmap` over programs its ``steps`` must be the same
+        for all: the most of any.
       inputs: terminal -> array; the shapes must broadcast to one.
-      steps: instructions to run; up to the end of the program if left out. Under `vmap` over
-        programs it must be the same for all.
 
     Returns:
       An array of the broadcast shape.
@@ -48,32 +114,26 @@ def run(
     [[2.0, 6.0]]
     """
     leaves, floors = _leaves(grammar, inputs)
-    shape, dtype = leaves[0].shape, leaves[0].dtype
-    program, arities = jnp.asarray(program), jnp.asarray(np.maximum(grammar.arities, 0))
-    branches = [_nothing, *(_leaf(i) for i in range(len(leaves)))]
-    branches += [(_unary if op.arity == 1 else _binary)(op) for op in grammar.operators]
+    code = program if isinstance(program, Code) else assemble(grammar, program)
+    branches = [(_unary if op.arity == 1 else _binary)(op) for op in grammar.operators]
 
     def step(i: Any, carry: Any) -> Any:
-        values, repeats, top = carry
-        code = program[i]
-        # The branches read the stack and give back one value: a branch that gave back the stack
-        # would copy it.
-        value, floor = jax.lax.switch(code, branches, values, repeats, top, leaves, floors)
-        at = top - arities[code]
-        values = values.at[at].set(value.astype(dtype))
-        return values, repeats.at[at].set(floor), jnp.where(code > 0, at + 1, top)
+        values, repeats = carry
+        at = code.left[i], code.right[i]
+        # The branches read the entries and give back one value: a branch that gave back all entries
+        # would copy them.
+        value, floor = jax.lax.switch(code.operator[i], branches, values, repeats, *at)
+        target = code.target[i]
+        return values.at[target].set(value.astype(values.dtype)), repeats.at[target].set(floor)
 
-    empty = (
-        jnp.zeros((grammar.height, *shape), dtype),
-        jnp.ones((grammar.height, len(shape)), jnp.float32),
-        jnp.zeros((), jnp.int32),
-    )
-    steps = jnp.sum(program > 0) if steps is None else steps
-    values, _, _ = jax.lax.fori_loop(0, steps, step, empty)
-    return values[0]
+    rest = grammar.height + 1
+    values = jnp.concatenate([leaves, jnp.zeros((rest, *leaves.shape[1:]), leaves.dtype)])
+    repeats = jnp.concatenate([floors, jnp.ones((rest, floors.shape[1]), floors.dtype)])
+    values, _ = jax.lax.fori_loop(0, code.steps, step, (values, repeats))
+    return values[code.result]
 
 
-def _leaves(grammar: Grammar, inputs: Mapping[str, Any]) -> tuple[list[Array], Array]:
+def _leaves(grammar: Grammar, inputs: Mapping[str, Any]) -> tuple[Array, Array]:
     """Broadcast the terminals and constants, and count along each axis how often that repeated."""
     missing = [name for name in grammar.terminals if name not in inputs]
     if missing:
@@ -85,7 +145,7 @@ def _leaves(grammar: Grammar, inputs: Mapping[str, Any]) -> tuple[list[Array], A
     leaves += [jnp.full(shape, c, dtype) for c in grammar.constants]
     repeats = [_repeats(a.shape, shape) for a in arrays]
     repeats += [tuple(float(s) for s in shape)] * len(grammar.constants)
-    return leaves, jnp.asarray(repeats, jnp.float32).reshape(len(leaves), len(shape))
+    return jnp.stack(leaves), jnp.asarray(repeats, jnp.float32).reshape(len(leaves), len(shape))
 
 
 def _repeats(own: tuple[int, ...], full: tuple[int, ...]) -> tuple[float, ...]:
@@ -93,27 +153,18 @@ def _repeats(own: tuple[int, ...], full: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(f / o if o else 1.0 for o, f in zip(padded, full, strict=True))
 
 
-def _nothing(values: Any, repeats: Any, top: Any, leaves: Any, floors: Any) -> Any:
-    # Written above the top of the stack, or nowhere if the stack is full.
-    return jnp.zeros_like(values[0]), jnp.ones_like(repeats[0])
-
-
-def _leaf(i: int) -> Callable[..., Any]:
-    return lambda values, repeats, top, leaves, floors: (leaves[i], floors[i])
-
-
 def _unary(op: Operator) -> Callable[..., Any]:
-    def branch(values: Any, repeats: Any, top: Any, leaves: Any, floors: Any) -> Any:
-        r = repeats[top - 1]
-        return op.apply(values[top - 1], jnp.prod(r)).astype(values.dtype), r
+    def branch(values: Any, repeats: Any, left: Any, right: Any) -> Any:
+        r = repeats[left]
+        return op.apply(values[left], jnp.prod(r)).astype(values.dtype), r
 
     return branch
 
 
 def _binary(op: Operator) -> Callable[..., Any]:
-    def branch(values: Any, repeats: Any, top: Any, leaves: Any, floors: Any) -> Any:
-        r, s = repeats[top - 2], repeats[top - 1]
-        value = op.apply(values[top - 2], values[top - 1], jnp.prod(r), jnp.prod(s))
+    def branch(values: Any, repeats: Any, left: Any, right: Any) -> Any:
+        r, s = repeats[left], repeats[right]
+        value = op.apply(values[left], values[right], jnp.prod(r), jnp.prod(s))
         return value.astype(values.dtype), r if op.by_number else jnp.minimum(r, s)
 
     return branch
@@ -144,8 +195,13 @@ def run_many(
     numbers = max(math.prod(jnp.shape(v)) for v in inputs.values())
     if (batching or ("vmap" if numbers <= 4096 else "map")) == "map":
         return jax.lax.map(lambda program: run(grammar, program, inputs), programs)
-    most = jnp.max(jnp.sum(programs > 0, -1), initial=0)
-    return jax.vmap(lambda program: run(grammar, program, inputs, steps=most))(programs)
+    codes = jax.vmap(lambda program: assemble(grammar, program))(programs)
+    most = jnp.max(codes.steps, initial=0)
+
+    def one(code: Code) -> Array:
+        return run(grammar, code._replace(steps=most), inputs)
+
+    return jax.vmap(one)(codes)
 
 
 def evaluate(grammar: Grammar, tree: Tree, inputs: Mapping[str, Any]) -> Array:
