@@ -248,7 +248,8 @@ def _leaderboard(config: EvaluateCommand, run: Any, scores: Any) -> str:
 
 
 def _against(config: EvaluateCommand, result: dict[str, Any]) -> list[dict[str, Any]]:
-    from jaxsys.core.report import print_table, read_object
+    from jaxsys.core.fields import read_object
+    from jaxsys.core.report import print_table
     from jaxsys.ground.judge import compare_runs
 
     found = {str(config.run): result["groups"]}

@@ -1,7 +1,7 @@
 """Cost models fitted to measurements or written from formulas: t = α + β·n, all-reduce times."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxsys.core.errors import UserError
+from jaxsys.core.fields import check_fields
 
 ALGORITHMS = ("ring", "halving_doubling", "recursive_doubling", "tree", "server")
 
@@ -78,14 +79,7 @@ class LinearCost:
         >>> LinearCost.from_dict(line.to_dict()) == line
         True
         """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(map(str, names ^ set(values))))
-            raise UserError(
-                f"a line's fields must be {sorted(names)}; missing or unknown: {odd}; write it "
-                "with `to_dict`"
-            )
-        for name, value in values.items():
+        for name, value in check_fields(values, cls, "line").items():
             number = isinstance(value, int | float) and np.isfinite(value)
             if not number or (value < 0 and name != "r2"):
                 raise UserError(

@@ -119,38 +119,6 @@ def to_json(value: Any) -> str:
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
-def read_object(text: str, what: str) -> dict[str, Any]:
-    """Parse text that must be a JSON object written by a ``to_json``.
-
-    Args:
-        text: what was written.
-        what: such as ``plan``, for the messages.
-
-    Returns:
-        The object.
-
-    Raises:
-        UserError: no JSON, or no object.
-
-    >>> read_object("[]", "plan")
-    Traceback (most recent call last):
-    ...
-    jaxsys.core.errors.UserError: the plan is a list; it must be a JSON object; ...
-    """
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"the {what} is not JSON ({error}); it must be what `to_json` wrote; write it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f"the {what} is a {type(found).__name__}; it must be a JSON object; pass what "
-            "`to_json` wrote"
-        )
-    return found
-
-
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """Write one line of JSON for each row, replacing the file at once.
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from jaxsys.core.checkpoint import RunStore
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import atomic_write, read_object, to_json
+from jaxsys.core.fields import read_object
+from jaxsys.core.report import atomic_write, to_json
 from jaxsys.ground.build import Choice, make_grounder
 from jaxsys.ground.contract import Grounder
 from jaxsys.ground.furniture_task import Furniture, open_furniture

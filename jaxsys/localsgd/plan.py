@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import read_object
+from jaxsys.core.fields import check_fields, read_object, reading
 from jaxsys.localsgd.plan_dp import plan_runs
 from jaxsys.localsgd.plan_search import best_assignment, dfs_search
 from jaxsys.localsgd.plan_time import (
@@ -109,14 +109,8 @@ class SyncPlan:
 
 
 def _checked_plan(cls, found: dict) -> SyncPlan:
-    names = set(cls.__dataclass_fields__)
-    if set(found) != names:
-        odd = sorted(names ^ set(found))
-        raise UserError(
-            f"the plan has the fields {sorted(found)}; missing or unknown: {', '.join(odd)}; pass "
-            "what `to_json` wrote"
-        )
-    try:
+    found = check_fields(found, cls, "plan")
+    with reading("plan"):
         plan = SyncPlan(
             method=found["method"],
             launch=found["launch"],
@@ -127,11 +121,6 @@ def _checked_plan(cls, found: dict) -> SyncPlan:
             comm_s=tuple(float(seconds) for seconds in found["comm_s"]),
             compute_s=float(found["compute_s"]),
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"a field of the plan has the wrong kind ({error}); phases must be lists of integers "
-            "and times numbers; pass what `to_json` wrote"
-        ) from error
     _check_period(plan.period)
     check_launch(plan.launch)
     times = [*plan.wait_s, *plan.comm_s, plan.compute_s]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import read_object
+from jaxsys.core.fields import read_object
 from jaxsys.evaluate.buckets import bucket
 from jaxsys.models import lm
 from jaxsys.offload.cache import frequency, lru, score

@@ -1,13 +1,13 @@
 """What planner, simulator and engine share: parts of a model, a machine, a plan, an assignment."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 from jaxsys.core.cost import LinearCost
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import read_object
+from jaxsys.core.fields import check_fields, read_object, reading
 
 Kind = Literal["attention", "mlp", "expert", "embed", "head", "norms"]
 Where = Literal["accelerator", "cpu"]
@@ -187,7 +187,7 @@ class Machine:
         >>> Machine.from_json('{"cpu": ' + cpu + '}').accelerator is None
         True
         """
-        found = _known(read_object(text, "machine"), cls, "machine")
+        found = check_fields(read_object(text, "machine"), cls, "machine")
         for name in ("cpu", "accelerator"):
             if found.get(name) is not None:
                 found[name] = _processor(found[name], name)
@@ -195,7 +195,8 @@ class Machine:
         if not isinstance(lines, dict) or not all(isinstance(x, dict) for x in lines.values()):
             raise UserError("lines of the machine must be an object of lines; mend the file")
         found["lines"] = tuple((name, LinearCost.from_dict(x)) for name, x in lines.items())
-        return _make(cls, found, "machine")
+        with reading("machine"):
+            return cls(**found)
 
 
 class Terms(NamedTuple):
@@ -322,20 +323,16 @@ class Plan:
         >>> Plan.from_json('{"parts": []}')
         Traceback (most recent call last):
         ...
-        jaxsys.core.errors.UserError: the plan lacks cache_on, resident, stream; ...
+        jaxsys.core.errors.UserError: the plan lacks resident, stream, cache_on; ...
         """
-        found = _known(read_object(text, "plan"), cls, "plan")
-        try:
+        found = check_fields(read_object(text, "plan"), cls, "plan")
+        with reading("plan"):
             found["parts"] = tuple(Part(*part) for part in found["parts"])
             for name in ("resident", "stream"):
                 found[name] = tuple(int(n) for n in found[name])
             found["cache_on"] = tuple(found["cache_on"])
             found["terms"] = Terms(*found.get("terms", ()))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"a field of the plan has the wrong kind ({error}); pass what `to_json` wrote"
-            ) from error
-        return _make(cls, found, "plan")
+            return cls(**found)
 
 
 class Assignment(NamedTuple):
@@ -367,36 +364,8 @@ def _above(of: str, name: str, value: Any, *, or_zero: bool = False) -> None:
         )
 
 
-def _known(found: Any, cls: Any, what: str) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    if not isinstance(found, dict) or set(found) - names:
-        odd = sorted(set(found) - names) if isinstance(found, dict) else type(found).__name__
-        raise UserError(
-            f"the {what} has {odd}; expected an object with fields among {sorted(names)}; pass "
-            "what `to_json` wrote"
-        )
-    needed = {f.name for f in fields(cls) if f.default is f.default_factory}  # both are MISSING
-    if needed - set(found):
-        raise UserError(
-            f"the {what} lacks {', '.join(sorted(needed - set(found)))}; expected all of its "
-            "fields; pass what `to_json` wrote"
-        )
-    return dict(found)
-
-
-def _make(cls: Any, values: dict[str, Any], what: str) -> Any:
-    try:
-        return cls(**values)
-    except UserError:
-        raise
-    except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"a field of the {what} has the wrong kind ({error}); pass what `to_json` wrote"
-        ) from error
-
-
 def _processor(given: Any, name: str) -> Processor:
-    found = _known(given, Processor, name)
+    found = check_fields(given, Processor, name)
     kinds = found.get("kinds", {})
     try:
         found["kinds"] = tuple((kind, Rates(**rates)) for kind, rates in kinds.items())
@@ -404,7 +373,8 @@ def _processor(given: Any, name: str) -> Processor:
         raise UserError(
             f"kinds of {name} must be an object of {', '.join(Rates._fields)} ({error}); mend it"
         ) from error
-    return _make(Processor, found, name)
+    with reading(name):
+        return Processor(**found)
 
 
 def _check_plan(plan: Plan) -> None:

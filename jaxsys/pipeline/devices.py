@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import atomic_write, read_object
+from jaxsys.core.fields import check_fields, read_object, reading
+from jaxsys.core.report import atomic_write
 
 
 @dataclass(frozen=True)
@@ -179,29 +180,15 @@ class Fleet:
         >>> Fleet.from_json('{"devices": []}')
         Traceback (most recent call last):
         ...
-        jaxsys.core.errors.UserError: the fleet's fields must be ...
+        jaxsys.core.errors.UserError: the fleet lacks latency_s, bytes_per_s; expected ...
         """
-        found = read_object(text, "fleet")
-        names = {"devices", "latency_s", "bytes_per_s"}
-        if set(found) - {"sites"} != names:
-            raise UserError(
-                f"the fleet's fields must be {sorted(names)}, and perhaps sites; got "
-                f"{sorted(found)}; mend the file"
+        found = check_fields(read_object(text, "fleet"), cls, "fleet")
+        with reading("fleet"):
+            devices = tuple(
+                Device(**check_fields(entry, Device, f"device {i} of the fleet"))
+                for i, entry in enumerate(found["devices"])
             )
-        parts = {"name", "speed_flops_s", "memory_bytes"}
-        for entry in found["devices"]:
-            if not isinstance(entry, dict) or set(entry) != parts:
-                raise UserError(
-                    f"a device of the fleet is {entry!r}; it must be an object with "
-                    f"{sorted(parts)}; mend the file"
-                )
-        devices = tuple(Device(**entry) for entry in found["devices"])
-        try:
             sites = tuple(int(site) for site in found.get("sites", ()))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"sites is {found['sites']!r}; it must be a list of whole numbers; mend the file"
-            ) from error
         fleet = cls(devices, found["latency_s"], found["bytes_per_s"], sites)
         if symmetric:
             check_symmetric(fleet)

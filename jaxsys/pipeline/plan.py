@@ -1,11 +1,13 @@
 """A plan: which nodes run where, in which order, how compressed, and what that should take."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from math import isfinite
+from typing import Any
 
 from jaxsys.core.errors import UserError
-from jaxsys.core.report import read_object
+from jaxsys.core.fields import check_fields, read_object, reading
 from jaxsys.pipeline.schedule import ORDERS
 
 CODECS = ("dense", "topk", "int8", "int4")
@@ -154,39 +156,29 @@ class Plan:
         ...
         jaxsys.core.errors.UserError: the plan is a list; ...
         """
-        found = read_object(text, "plan")
-        names = {field.name for field in fields(cls)}
-        if set(found) != names:
-            odd = ", ".join(sorted(names ^ set(found)))
-            raise UserError(
-                f"the plan's fields must be {sorted(names)}; missing or unknown: {odd}; pass what "
-                "`to_json` wrote"
-            )
-        try:
-            return cls(**_read(found))
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"a field of the plan has the wrong kind ({error}); pass what `to_json` wrote"
-            ) from error
+        found = check_fields(read_object(text, "plan"), cls, "plan")
+        with reading("plan"):
+            return cls(**{name: _KINDS[name](value) for name, value in found.items()})
 
 
-def _read(found: dict) -> dict:
-    return {
-        "n_nodes": int(found["n_nodes"]),
-        "boundaries": tuple(int(i) for i in found["boundaries"]),
-        "devices": tuple(int(i) for i in found["devices"]),
-        "order": str(found["order"]),
-        "micro_batches": int(found["micro_batches"]),
-        "codec": str(found["codec"]),
-        "ratios_forward": tuple(float(r) for r in found["ratios_forward"]),
-        "ratios_backward": tuple(float(r) for r in found["ratios_backward"]),
-        "replicas": tuple(tuple(int(i) for i in chain) for chain in found["replicas"]),
-        "predicted_s": float(found["predicted_s"]),
-        "memory_bytes": tuple(int(n) for n in found["memory_bytes"]),
-        "method": str(found["method"]),
-    }
+def _each(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda given: tuple(kind(x) for x in given)
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "n_nodes": int,
+    "boundaries": _each(int),
+    "devices": _each(int),
+    "order": str,
+    "micro_batches": int,
+    "codec": str,
+    "ratios_forward": _each(float),
+    "ratios_backward": _each(float),
+    "replicas": _each(_each(int)),
+    "predicted_s": float,
+    "memory_bytes": _each(int),
+    "method": str,
+}
 
 
 def _check_plan(plan: Plan) -> None:

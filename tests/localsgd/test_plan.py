@@ -332,7 +332,7 @@ def test_bad_phases_and_bounds_are_refused():
         ("wait_s", [0.0], "one finite"),
         ("wait_s", [0.0, float("nan")], "one finite"),
         ("launch", "later", "launch is 'later'"),
-        ("secret", 1, "unknown: secret"),
+        ("secret", 1, "unknown field secret"),
     ],
 )
 def test_a_foreign_plan_is_checked(field, value, says):
