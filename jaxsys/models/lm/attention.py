@@ -135,10 +135,8 @@ def attention(
             k = turn(config.rope, k, where.cos, where.sin)
     if hasattr(store, "mix"):
         mixed, store = store.mix(q, k, v)
-    elif fused is not None and fused.implementation == "blocks":
-        mixed = attend_blocks(q, k, v, where.keep, fused.window)
     elif fused is not None:
-        mixed = attend_fused(q, k, v, fused)
+        mixed = attend_fused(q, k, v, where.keep, fused)
     else:
         if store is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -264,23 +262,22 @@ def attend_fused(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
+    keep: Bool[Array, "B T T"],
     fused: Fused,
 ) -> Float[Array, "B T H C"]:
-    """Mix values as `attend` does, causally over whole sequences, as one operation of JAX's.
+    """Mix values as `attend` does, causally over whole sequences, by blocks or one operation.
 
     Reference: Dao et al., "FlashAttention" (arXiv 2205.14135), which is what cuDNN runs.
 
-    >>> x = jnp.ones((1, 3, 2, 4))
-    >>> attend_fused(x, x, x, Fused("xla", window=2)).shape
+    >>> x, keep = jnp.ones((1, 3, 2, 4)), jnp.tril(jnp.ones((1, 3, 3), bool))
+    >>> attend_fused(x, x, x, keep, Fused("xla", window=2)).shape
     (1, 3, 2, 4)
     """
+    kind = fused.implementation
+    if kind == "blocks":
+        return attend_blocks(q, k, v, keep, fused.window)
     window = (fused.window - 1, 0) if fused.window else None
     with jax.named_scope("scores"):
         return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            local_window_size=window,
-            implementation=fused.implementation,
+            q, k, v, is_causal=True, local_window_size=window, implementation=kind
         )
