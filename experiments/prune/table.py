@@ -97,8 +97,8 @@ def searched(model: str) -> tuple[str, ...]:
     """Give the expressions of our own searches at 50 % with the least held-out loss, if any.
 
     One for each length of the text that was minimised; for SmolLM2 those of its own searches and
-    that of stories260K's with the longer text. The held-out loss is of text which the search did not
-    minimise and which is not the test text here.
+    that of stories260K's with the longer text. The held-out loss is of text which the search did
+    not minimise and which is not the test text here.
     """
     names = dict.fromkeys((model, f"{model}-long", "stories260k-long"))
     found = []
