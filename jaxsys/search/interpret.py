@@ -115,6 +115,8 @@ def run(
     """
     leaves, floors = _leaves(grammar, inputs)
     code = program if isinstance(program, Code) else assemble(grammar, program)
+    if not grammar.operators:
+        return leaves[code.result]
     branches = [(_unary if op.arity == 1 else _binary)(op) for op in grammar.operators]
 
     def step(i: Any, carry: Any) -> Any:

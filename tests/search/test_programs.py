@@ -114,6 +114,15 @@ def test_vmap_equals_map():
     np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batching", ["map", "vmap"])
+def test_programs_of_terminals_and_constants_alone_are_run(batching):
+    grammar = programs.Grammar(("a", "b"), operators=(), constants=(2.0,), length=3)
+    inputs = {"a": jnp.array([1.0]), "b": jnp.array([3.0])}
+    drawn = np.array([[1, 0, 0], [2, 0, 0], [3, 0, 0]], np.int32)
+    found = interpret.run_many(grammar, drawn, inputs, batching=batching)
+    assert found.ravel().tolist() == [1.0, 3.0, 2.0]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000))
 def test_every_form_leads_back(seed):
