@@ -11,19 +11,20 @@ from jaxsys.models import lm
 from jaxsys.models.lm.attention import attend, attend_blocks
 
 CONFIG = lm.LMConfig("llama", 97, 32, 2, 4, 2, 8, 48, 640, init_std=0.3)
+STEP = jax.jit(jax.value_and_grad(lm.loss), static_argnums=1, static_argnames="execution")
 
 
 @pytest.mark.parametrize("attention", ["blocks", "xla"])
 @pytest.mark.parametrize(
     ("length", "windows"),
-    [(2, ()), (32, ()), (34, ()), (100, (7, 0)), (100, (33, 90)), (300, (50, 0))],
+    [(2, ()), (34, ()), (100, (7, 90)), (300, (50, 0))],
 )
 def test_loss_and_gradient_are_those_of_plain_attention(attention, length, windows):
     config = replace(CONFIG, windows=windows)
     params = lm.init(jax.random.key(1), config)
     tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 97)
     wanted, found = (
-        jax.value_and_grad(lm.loss)(params, config, tokens, execution=lm.Execution(kind))
+        STEP(params, config, tokens, execution=lm.Execution(kind))
         for kind in ("plain", attention)
     )
     np.testing.assert_allclose(found[0], wanted[0], rtol=2e-6)
