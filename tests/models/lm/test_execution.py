@@ -24,8 +24,7 @@ def test_loss_and_gradient_are_those_of_plain_attention(attention, length, windo
     params = lm.init(jax.random.key(1), config)
     tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 97)
     wanted, found = (
-        STEP(params, config, tokens, execution=lm.Execution(kind))
-        for kind in ("plain", attention)
+        STEP(params, config, tokens, execution=lm.Execution(kind)) for kind in ("plain", attention)
     )
     np.testing.assert_allclose(found[0], wanted[0], rtol=2e-6)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
