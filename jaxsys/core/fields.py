@@ -36,13 +36,14 @@ def read_object(text: str, what: str) -> dict[str, Any]:
     return _object(found, what)
 
 
-def check_fields(found: Any, cls: type, what: str) -> dict[str, Any]:
+def check_fields(found: Any, cls: type, what: str, *, complete: bool = False) -> dict[str, Any]:
     """Refuse what has not the fields of a dataclass; those with a default may be missing.
 
     Args:
         found: should be a dict.
         cls: the dataclass.
         what: for the messages.
+        complete: those with a default may not be missing either.
 
     Returns:
         A copy of what was found.
@@ -64,7 +65,9 @@ def check_fields(found: Any, cls: type, what: str) -> dict[str, Any]:
     """
     found = _object(found, what)
     known = [f.name for f in fields(cls)]
-    required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    required = [
+        f.name for f in fields(cls) if complete or f.default is f.default_factory is MISSING
+    ]
     missing = ", ".join(name for name in required if name not in found)
     unknown = ", ".join(str(name) for name in found if name not in known)
     if missing or unknown:

@@ -156,7 +156,7 @@ class Plan:
         ...
         jaxsys.core.errors.UserError: the plan is a list; ...
         """
-        found = check_fields(read_object(text, "plan"), cls, "plan")
+        found = check_fields(read_object(text, "plan"), cls, "plan", complete=True)
         with reading("plan"):
             return cls(**{name: _KINDS[name](value) for name, value in found.items()})
 

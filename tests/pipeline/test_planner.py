@@ -231,6 +231,9 @@ def test_plans_that_contradict_themselves_are_refused():
     ]:
         with pytest.raises(UserError, match=match):
             Plan.from_json(json.dumps({**good, **change}))
+    for name in good:  # also those that have a default
+        with pytest.raises(UserError, match=f"lacks {name};"):
+            Plan.from_json(json.dumps({k: v for k, v in good.items() if k != name}))
     assert Plan.from_json(json.dumps({**good, "replicas": [[3, 4, 5]]})).chains[1] == (3, 4, 5)
 
 
